@@ -1,0 +1,2 @@
+"Corpora: what they become once read, and a reader for each."
+from .core import SPLITS, Corpus, FeatureTable, plot_balance
