@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'find_folder', 'read_table', 'mend_text', 'group_rows', 'FeatureTable', 'Corpus', 'plot_balance']
 
-# %% ../../nbs/01_corpora.ipynb #fcc35c30
+# %% ../../nbs/01_corpora.ipynb #2fc60a37
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..conversations import Conversation, DataError, Utterance, emotion_color, label_indices
 
-# %% ../../nbs/01_corpora.ipynb #b7cfd597
+# %% ../../nbs/01_corpora.ipynb #e287979d
 def find_folder(
     name: str,                 # the corpus' folder name: "meld"
     data: str|Path|None,       # the folder that holds `name`, or is it; None: $ERC_MOE_DATA
@@ -37,7 +37,7 @@ def find_folder(
         if any((place/mark).exists() for mark in marks): return place
     raise DataError(f"the corpus {name!r} is not in {places[0]} nor in {places[1]} (looked for {' or '.join(marks)})", how)
 
-# %% ../../nbs/01_corpora.ipynb #4b556a1f
+# %% ../../nbs/01_corpora.ipynb #90a374f4
 def read_table(
     path: str|Path,
     columns: list[str],   # columns that must be there
@@ -67,7 +67,7 @@ def _read_jsonl(path):
             raise DataError(f"{path.name}, line {number} is no JSON ({e.msg})", "Write one JSON object per line.") from e
     return pd.DataFrame([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows], dtype=str).fillna("")
 
-# %% ../../nbs/01_corpora.ipynb #54937db3
+# %% ../../nbs/01_corpora.ipynb #fa497c36
 _HIGH = {b: bytes([b]).decode("cp1252", errors="ignore") or chr(b) for b in range(0x80, 0xc0)}   # byte -> as Windows-1252 reads it
 _BYTE = {ord(c): b for b, c in _HIGH.items()} | {ord(c): ord(c) for c in "ÂÃÅÆËâ"}
 _MOJIBAKE = re.compile("(?:[ÂÃÅÆË][{0}])|(?:â[{0}]{{2}})".format("".join(map(re.escape, _HIGH.values()))))
@@ -82,7 +82,7 @@ def mend_text(
     mended = _MOJIBAKE.sub(utf8, _C1.sub(lambda match: _HIGH[ord(match[0])], whole)).split("\0")
     return mended, sum(a != b for a, b in zip(texts, mended))
 
-# %% ../../nbs/01_corpora.ipynb #d0f3fa2d
+# %% ../../nbs/01_corpora.ipynb #02e93149
 def group_rows(
     rows: pd.DataFrame,          # columns conversation, id, speaker, text; and label, audio, start, end where known
 ) -> list[Conversation]:         # in the order in which conversations begin; utterances in row order
@@ -96,7 +96,7 @@ def group_rows(
         groups.setdefault(conv, []).append(Utterance(id, speaker, text, none(label), none(audio), none(start), none(end)))
     return [Conversation(id, utterances) for id, utterances in groups.items()]
 
-# %% ../../nbs/01_corpora.ipynb #5e111177
+# %% ../../nbs/01_corpora.ipynb #2ce3579c
 @dataclass(frozen=True)
 class FeatureTable:
     "Precomputed features that came with a corpus, or that a user has, keyed by utterance id."
@@ -128,7 +128,7 @@ class FeatureTable:
         values[rows >= 0] = self.values[rows[rows >= 0]]
         return values, ~np.isnan(values).all(1)
 
-# %% ../../nbs/01_corpora.ipynb #512cfe52
+# %% ../../nbs/01_corpora.ipynb #83ef4ee6
 SPLITS = ["train", "validation", "test"]
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Corpus:
         return (f"<b>{html.escape(self.name)}</b> {html.escape(self.protocol_note)}{self.statistics().to_html(border=0)}"
                 + (f"<p>Told while reading:</p><ul>{faults}</ul>" if faults else ""))
 
-# %% ../../nbs/01_corpora.ipynb #a5f5a65c
+# %% ../../nbs/01_corpora.ipynb #16ca7b62
 def plot_balance(
     statistics: pd.DataFrame,   # as `Corpus.statistics()` gives it
     labels: list[str],          # class order
