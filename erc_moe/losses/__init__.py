@@ -1,0 +1,7 @@
+"Losses on the real utterances of a batch: focal, supervised contrastive, consistency, and the parts of a total."
+from .consistency import consistency_loss
+from .contrastive import contrastive_loss
+from .focal import focal_loss
+from .parts import LossParts
+
+__all__ = ["LossParts", "consistency_loss", "contrastive_loss", "focal_loss"]
