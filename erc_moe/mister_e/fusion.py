@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['stacked_linear', 'StreamAttention', 'FusionNetwork']
 
-# %% ../../nbs/31_fusion.ipynb #00f3cd07
+# %% ../../nbs/31_fusion.ipynb #ba94319e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import Layout
+from .context import Layout, dropout
 
-# %% ../../nbs/31_fusion.ipynb #8c56fec2
+# %% ../../nbs/31_fusion.ipynb #cf2dc0a5
 def stacked_linear(
     streams: int,   # S
     inp: int,       # width in
@@ -23,7 +23,7 @@ def stacked_linear(
     return (nn.Parameter(torch.stack([l.weight.detach().T for l in linears])),
             nn.Parameter(torch.stack([l.bias.detach()[None] for l in linears])))
 
-# %% ../../nbs/31_fusion.ipynb #7e30f6d8
+# %% ../../nbs/31_fusion.ipynb #60457260
 class StreamAttention(nn.Module):
     "LN(x + MHA(query from x, key and value from the other stream, or from x itself)), both streams at once (eqs 5-8)."
     def __init__(self,
@@ -55,10 +55,10 @@ class StreamAttention(nn.Module):
         heard = F.scaled_dot_product_attention(q, k, v, (keys | ~some[:, None])[:, None, None])  # (2B, heads, N, A/heads)
         heard = (heard * some[:, None, None, None]).transpose(1, 2).reshape(2, B*N, -1)[:, layout.index]   # (2, M, A)
         heard = torch.baddbmm(self.out_bias, heard, self.out_weight)                             # (2, M, W)
-        y = x + F.dropout(heard, self.dropout, self.training)
+        y = x + dropout(heard, self.dropout, self.training)
         return F.layer_norm(y, y.shape[-1:]) * self.norm_weight + self.norm_bias
 
-# %% ../../nbs/31_fusion.ipynb #f24f433b
+# %% ../../nbs/31_fusion.ipynb #e2d0b62c
 class FusionNetwork(nn.Module):
     "Speech and text through layers of cross- and self-attention, then one classifier (eqs 5-9)."
     def __init__(self,
@@ -74,7 +74,7 @@ class FusionNetwork(nn.Module):
         self.inputs = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items()})
         self.layers = nn.ModuleList(StreamAttention(width, attention_width, heads, cross, dropout)
                                     for _ in range(layers) for cross in (True, False))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.head = nn.Linear(2*width, classes)
 
     def forward(self,
@@ -85,4 +85,4 @@ class FusionNetwork(nn.Module):
         h = torch.stack([fc(xs[m]) for m, fc in self.inputs.items()])                            # (2, M, W)
         keys = torch.stack([seen[m] for m in self.inputs])                                       # (2, B, N)
         for layer in self.layers: h = layer(h, keys, layout)
-        return self.head(self.dropout(torch.cat([*h], -1))), h
+        return self.head(dropout(torch.cat([*h], -1), self.dropout, self.training)), h

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Gate']
 
-# %% ../../nbs/32_gate.ipynb #1dd59395
+# %% ../../nbs/32_gate.ipynb #3bd507fa
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/32_gate.ipynb #ebb132b9
+# %% ../../nbs/32_gate.ipynb #a610657c
 class Gate(nn.Module):
     "Weights over experts from their logits, and the mixture of these logits (eqs 10-11)."
     def __init__(self,

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
-# %% ../../nbs/33_mister_e.ipynb #eb5b6253
+# %% ../../nbs/33_mister_e.ipynb #205eec2e
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, consistency_loss, contrastive_loss, focal_loss
-from .context import ContextNetwork, Layout, add_context
+from .context import ContextNetwork, Layout, add_context, dropout
 from .fusion import FusionNetwork
 from .gate import Gate
 
-# %% ../../nbs/33_mister_e.ipynb #3d189598
+# %% ../../nbs/33_mister_e.ipynb #8615faf4
 @dataclass
 class MisterEConfig:
     "Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss. Section 4.2 has the defaults."
@@ -78,11 +77,11 @@ class MisterEConfig:
     @classmethod
     def cpu(cls, corpus: str, widths: dict[str, int], classes: int, **changes) -> "MisterEConfig":
         "A small one, for classical features or frozen sentence embeddings and two cores: same parts, narrower."
-        small = dict(hidden=96, layers=1, fusion_width=128, fusion_layers=1, attention_width=64, heads=4, input_dropout=0.3,
-                     context_dropout=0.3, fusion_dropout=0.3, reduction="mean", contrastive_weight=0.1)
+        small = dict(hidden=64, layers=1, fusion_width=128, fusion_layers=1, attention_width=64, heads=4, input_dropout=0.3,
+                     context_dropout=0.3, fusion_dropout=0.5, reduction="mean", contrastive_weight=0.1, temperature=0.5)
         return cls.paper(corpus, widths, classes, **small | changes)
 
-# %% ../../nbs/33_mister_e.ipynb #fb5d2c95
+# %% ../../nbs/33_mister_e.ipynb #e6bffbc4
 @dataclass
 class MisterEOutput:
     "What MiSTER-E says of a batch; logits and weights are 0 at padding."
@@ -91,7 +90,7 @@ class MisterEOutput:
     gate: Tensor|None                       # (B, N, E) in the order of `experts`
     representations: Tensor|None            # (2, M, W) of the fusion network, real utterances only, speech then text
 
-# %% ../../nbs/33_mister_e.ipynb #d8b6ca62
+# %% ../../nbs/33_mister_e.ipynb #8f4090c3
 class MisterE(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
     "Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E, section 3)."
     def __init__(self,
@@ -128,7 +127,7 @@ class MisterE(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
                             "Extract them as they were extracted for its training.")
         x = x.to(next(self.parameters()).dtype)
         x = torch.where(layout.flat(seen)[:, None], layout.flat(x), 0.)
-        return F.dropout(x, self.config.input_dropout, self.training)
+        return dropout(x, self.config.input_dropout, self.training)
 
     def loss(self, output: MisterEOutput, batch: ConversationBatch) -> LossParts:
         "Equation 18, term by term; an expert learns nothing at utterances that lack its modality."
