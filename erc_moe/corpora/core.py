@@ -6,7 +6,7 @@
 __all__ = ['PROSODY8', 'SPLITS', 'find_folder', 'read_table', 'mend_text', 'group_rows', 'read_numbers', 'parse_times',
            'find_audio', 'some', 'FeatureTable', 'read_features', 'mend_prosody', 'Corpus', 'plot_balance']
 
-# %% ../../nbs/01_corpora.ipynb #b3c752aa
+# %% ../../nbs/01_corpora.ipynb #d0e69e28
 import hashlib
 import html
 import json
@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from ..conversations import Conversation, DataError, Utterance, emotion_color, label_indices
 
-# %% ../../nbs/01_corpora.ipynb #e347f0af
+# %% ../../nbs/01_corpora.ipynb #704a3214
 def find_folder(
     name: str,                 # the corpus' folder name: "meld"
     data: str|Path|None,       # the folder that holds `name`, or is it; None: $ERC_MOE_DATA
@@ -41,7 +41,7 @@ def find_folder(
         if any((place/mark).exists() for mark in marks): return place
     raise DataError(f"the corpus {name!r} is not in {places[0]} nor in {places[1]} (looked for {' or '.join(marks)})", how)
 
-# %% ../../nbs/01_corpora.ipynb #c244311a
+# %% ../../nbs/01_corpora.ipynb #a75db6bd
 def read_table(
     path: str|Path,
     columns: list[str],   # columns that must be there
@@ -73,7 +73,7 @@ def _read_jsonl(path):
             raise DataError(f"{path.name}, line {number} is no JSON ({e.msg})", "Write one JSON object per line.") from e
     return pd.DataFrame([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows], dtype=str).fillna("")
 
-# %% ../../nbs/01_corpora.ipynb #77b65bf5
+# %% ../../nbs/01_corpora.ipynb #79d6668d
 _HIGH = {b: bytes([b]).decode("cp1252", errors="ignore") or chr(b) for b in range(0x80, 0xc0)}   # byte -> as Windows-1252 reads it
 _BYTE = {ord(c): b for b, c in _HIGH.items()} | {ord(c): ord(c) for c in "ÂÃÅÆËâ"}
 _MOJIBAKE = re.compile("(?:[ÂÃÅÆË][{0}])|(?:â[{0}]{{2}})".format("".join(map(re.escape, _HIGH.values()))))
@@ -87,7 +87,7 @@ def mend_text(
     mended = [_MOJIBAKE.sub(utf8, _C1.sub(lambda match: _HIGH[ord(match[0])], text)) for text in texts]
     return mended, sum(a != b for a, b in zip(texts, mended))
 
-# %% ../../nbs/01_corpora.ipynb #c410a638
+# %% ../../nbs/01_corpora.ipynb #b22126af
 def group_rows(
     rows: pd.DataFrame,          # columns conversation, id, speaker, text; and label, audio, start, end where known
 ) -> list[Conversation]:         # in the order in which conversations begin; utterances in row order
@@ -100,7 +100,7 @@ def group_rows(
         groups.setdefault(conv, []).append(Utterance(id, speaker, text, none(label), none(audio), none(start), none(end)))
     return [Conversation(id, utterances) for id, utterances in groups.items()]
 
-# %% ../../nbs/01_corpora.ipynb #d0b779d7
+# %% ../../nbs/01_corpora.ipynb #403cec83
 def read_numbers(
     table: pd.DataFrame,
     column: str,
@@ -111,7 +111,7 @@ def read_numbers(
         raise DataError(f"the column {column!r} holds {cell!r}, which is no number", "Correct the cell.")
     return numbers.astype(float)
 
-# %% ../../nbs/01_corpora.ipynb #83218a32
+# %% ../../nbs/01_corpora.ipynb #e8878ca1
 def parse_times(
     column: pd.Series,   # "h:mm:ss,mmm" or "hh:mm:ss.mmm"
 ) -> pd.Series:          # seconds, float; NaN where the cell is no time
@@ -134,8 +134,8 @@ def some(
     ids = list(ids)
     return ", ".join(map(str, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
-# %% ../../nbs/01_corpora.ipynb #0c20eaef
-@dataclass(frozen=True)
+# %% ../../nbs/01_corpora.ipynb #c52ac97c
+@dataclass(frozen=True, repr=False)
 class FeatureTable:
     "Precomputed features that came with a corpus, or that a user has, keyed by utterance id."
     name: str              # "prosody8"
@@ -154,6 +154,8 @@ class FeatureTable:
         for i in np.flatnonzero(np.isinf(self.values).any(1))[:1]:
             raise DataError(f"the features {self.name!r} hold infinity", "Extract them again, or write NaN.", utterance=self.ids[i])
 
+    def __repr__(self): return f"FeatureTable({self.name!r}, {self.values.shape[0]} utterances x {self.values.shape[1]} measures)"
+
     @cached_property
     def _rows(self): return {id: i for i, id in enumerate(self.ids)}
 
@@ -166,7 +168,7 @@ class FeatureTable:
         values[rows >= 0] = self.values[rows[rows >= 0]]
         return values, ~np.isnan(values).all(1)
 
-# %% ../../nbs/01_corpora.ipynb #fa7cf197
+# %% ../../nbs/01_corpora.ipynb #db4a87a7
 def read_features(
     path: Path,         # .npy (N, D), or .safetensors: one such matrix, or one vector (D,) per utterance id
     ids: list[str],     # utterance ids of the table's N rows
@@ -191,7 +193,7 @@ def read_features(
     if not known: raise DataError(f"no name in the feature file {path.name} is an utterance id", "Name each vector after its utterance.")
     return FeatureTable(name, known, np.stack([tensors[id] for id in known]), note), len(tensors) - len(known)
 
-# %% ../../nbs/01_corpora.ipynb #b6041b3f
+# %% ../../nbs/01_corpora.ipynb #4ef4cb79
 PROSODY8 = ["duration", "avg_intensity", "intensity_variation", "avg_pitch", "pitch_std", "pitch_range", "articulation_rate", "mean_hnr"]
 
 def mend_prosody(
@@ -204,10 +206,10 @@ def mend_prosody(
     return values, (f"prosody8, utterances without measurable pitch: {missing[:, 3].sum()} (its deviation and range, written as 0, are set "
                     f"undefined too), without articulation rate: {missing[:, 6].sum()}; undefined measures become the training mean.")
 
-# %% ../../nbs/01_corpora.ipynb #e3a84858
+# %% ../../nbs/01_corpora.ipynb #816115ba
 SPLITS = ["train", "validation", "test"]
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Corpus:
     "Three splits of conversations, with the label set, what was wrong with the files, and the features that came along."
     name: str
@@ -261,12 +263,16 @@ class Corpus:
                            **{l: labels.count(l) for l in self.labels})
         return pd.DataFrame.from_dict(rows, orient="index")
 
+    def __repr__(self):
+        sizes = ", ".join(f"{len(convs)} {s}" for s, convs in self.splits.items())
+        return f"Corpus({self.name!r}, conversations: {sizes}; labels: {', '.join(self.labels)})"
+
     def _repr_html_(self):
         faults = "".join(f"<li>{html.escape(f)}</li>" for f in self.faults)
         return (f"<b>{html.escape(self.name)}</b> {html.escape(self.protocol_note)}{self.statistics().to_html(border=0)}"
                 + (f"<p>Told while reading:</p><ul>{faults}</ul>" if faults else ""))
 
-# %% ../../nbs/01_corpora.ipynb #49749868
+# %% ../../nbs/01_corpora.ipynb #a966902d
 def plot_balance(
     statistics: pd.DataFrame,   # as `Corpus.statistics()` gives it
     labels: list[str],          # class order

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'HOW', 'load_emorynlp']
 
-# %% ../../nbs/03_emorynlp.ipynb #7361526c
+# %% ../../nbs/03_emorynlp.ipynb #f479dcc0
 import ast
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pandas as pd
 from ..conversations import DataError
 from .core import SPLITS, Corpus, find_folder, group_rows, mend_text, parse_times, read_numbers, read_table, some
 
-# %% ../../nbs/03_emorynlp.ipynb #6f443bcf
+# %% ../../nbs/03_emorynlp.ipynb #04b10d84
 LABELS = ["joyful", "mad", "neutral", "peaceful", "powerful", "sad", "scared"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in the files
-HOW = "Get it with the command: erc_moe_download emorynlp"
+HOW = "Get it with the command: erc_moe_download emorynlp --out DIR"
 
 def load_emorynlp(
     data: str|Path|None = None,   # the folder that holds `emorynlp/`, or is it; None: $ERC_MOE_DATA

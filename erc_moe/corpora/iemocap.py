@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'CODES', 'SESSIONS', 'RATINGS', 'HOW', 'load_iemocap']
 
-# %% ../../nbs/04_iemocap.ipynb #0235a58e
+# %% ../../nbs/04_iemocap.ipynb #39baf0d3
 import json
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..conversations import DataError
 from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, find_audio, find_folder, group_rows, mend_prosody,
                                   mend_text, read_features, read_numbers, read_table, some)
 
-# %% ../../nbs/04_iemocap.ipynb #2c06faa2
+# %% ../../nbs/04_iemocap.ipynb #7b1e61ad
 LABELS = ["happy", "sad", "neutral", "angry", "excited", "frustrated"]
 CODES = dict(hap="happy", sad="sad", neu="neutral", ang="angry", exc="excited", fru="frustrated")   # as EmoEvaluation abbreviates them
 SESSIONS = {"1": "validation", "2": "train", "3": "train", "4": "train", "5": "test"}               # MiSTER-E, section 4.1
@@ -70,7 +70,7 @@ def _cosmic(folder, split):
     named = json.loads(path.read_text())["cosmic_split"]
     return {dialogue: s for s, name in zip(SPLITS, ("train", "val", "test")) for dialogue in named[name]}
 
-# %% ../../nbs/04_iemocap.ipynb #350e8963
+# %% ../../nbs/04_iemocap.ipynb #00b25faf
 def _read_rows(folder):
     table = read_table(folder/"utterances.csv", ["utterance_id", "dialogue_id", "session", "speaker", "start", "end", "text", "emotion", *RATINGS])
     rows = pd.DataFrame(dict(
@@ -95,7 +95,7 @@ def _read_arrays(folder, ids):
             faults.append((1, told))
     return arrays, faults
 
-# %% ../../nbs/04_iemocap.ipynb #b54f1649
+# %% ../../nbs/04_iemocap.ipynb #aafa0d91
 _SUMMARY = re.compile(r"^\[([\d.]+) - ([\d.]+)\]\t(\S+)\t(\w+)\t\[([\d.]+), ([\d.]+), ([\d.]+)\]", re.MULTILINE)
 _SPOKEN = re.compile(r"^(\S+) \[[\d.]+-[\d.]+\]:[ \t]*(.*?)\s*$", re.MULTILINE)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'CLIPS', 'SHORTEST', 'LONGEST', 'HOW', 'load_meld']
 
-# %% ../../nbs/02_meld.ipynb #8224c175
+# %% ../../nbs/02_meld.ipynb #526f8f89
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,12 @@ import pandas as pd
 from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, find_audio, find_folder, group_rows, mend_prosody,
                                   mend_text, parse_times, read_numbers, read_table, some)
 
-# %% ../../nbs/02_meld.ipynb #4c76fd74
+# %% ../../nbs/02_meld.ipynb #bf5cbf00
 LABELS = ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in MELD's files
 CLIPS = {"train": "train_splits", "validation": "dev_splits_complete", "test": "output_repeated_splits_test"}
 SHORTEST, LONGEST = 0.1, 40.0     # seconds; times outside are an accident of the subtitle alignment
-HOW = "Get its text with the command: erc_moe_download meld. Its clips are on https://affective-meld.github.io"
+HOW = "Get its text with the command: erc_moe_download meld --out DIR. Its clips are on https://affective-meld.github.io"
 
 def load_meld(
     data: str|Path|None = None,   # the folder that holds `meld/`, or is it; None: $ERC_MOE_DATA
@@ -47,7 +47,7 @@ def load_meld(
     return Corpus("meld", LABELS, {s: group_rows(rows[rows.split == s]) for s in SPLITS}, [f for met, f in faults if met], arrays,
                   "official splits")
 
-# %% ../../nbs/02_meld.ipynb #448a4684
+# %% ../../nbs/02_meld.ipynb #3e4c7a7f
 def _read_split(folder, split):
     table = read_table(folder/f"{FILES[split]}_sent_emo.csv",
                        ["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID", "Season", "Episode", "StartTime", "EndTime"])
@@ -78,7 +78,7 @@ def _read_prosody(folder, rows, broken):
         (len(dropped), f"prosody8, rows that belong to no utterance: {len(dropped)} ({some(sorted(dropped), 9)}); dropped."),
         (other.any(), f"prosody8, clips over 0.3 s longer or shorter than their times: {other.sum()} ({some(ids[other])}); kept."), (1, undefined)]
 
-# %% ../../nbs/02_meld.ipynb #6f0de187
+# %% ../../nbs/02_meld.ipynb #2dbcad2b
 def _with_seconds(ids, length, which):
     return ", ".join(f"{i} {s:.3g} s" for i, s in zip(ids[which], length[which]))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'HOW', 'OFFICIAL', 'load_mosi']
 
-# %% ../../nbs/05_mosi.ipynb #0b7b0c72
+# %% ../../nbs/05_mosi.ipynb #dff09197
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +14,7 @@ from ..conversations import DataError
 from .core import (SPLITS, Corpus, FeatureTable, find_audio, find_folder, group_rows,
                                   mend_text, read_features, read_numbers, read_table, some)
 
-# %% ../../nbs/05_mosi.ipynb #c3919f8c
+# %% ../../nbs/05_mosi.ipynb #d2ac7b30
 LABELS = ["negative", "positive"]
 HOW = "Get it for research at http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/ and write its segments as utterances.csv (see the page on CMU-MOSI)."
 OFFICIAL = {"train": "train", "val": "validation", "test": "test"}
@@ -54,7 +54,7 @@ def load_mosi(
     return Corpus("mosi", LABELS, {s: group_rows(r) for s in SPLITS if len(r := rows[rows["split"] == s])}, [f for met, f in faults if met],
                   arrays, f"{split} split", {"score": scores})
 
-# %% ../../nbs/05_mosi.ipynb #a7df67e6
+# %% ../../nbs/05_mosi.ipynb #231272c4
 def _split(table, split):
     if split == "official": return table["split"].map(OFFICIAL)
     test = table["split" if split == "paper" else "bclstm_split"] == "test"

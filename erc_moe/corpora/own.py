@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['deal_splits', 'load_own']
 
-# %% ../../nbs/06_own_corpus.ipynb #bc378ccd
+# %% ../../nbs/06_own_corpus.ipynb #9222d4d9
 import hashlib
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..conversations import DataError
 from .core import SPLITS, Corpus, group_rows, mend_text, read_features, read_numbers, read_table, some
 
-# %% ../../nbs/06_own_corpus.ipynb #df63c2ef
+# %% ../../nbs/06_own_corpus.ipynb #faf050a6
 def deal_splits(
     conversations: list[str],   # names of conversations
 ) -> dict[str, str]:            # name -> split
@@ -24,7 +24,7 @@ def deal_splits(
     part = len(dealt) // 5
     return {name: "test" if i < part else "validation" if i < 2*part else "train" for i, name in enumerate(dealt)}
 
-# %% ../../nbs/06_own_corpus.ipynb #02ceb3e8
+# %% ../../nbs/06_own_corpus.ipynb #d3e549e4
 def load_own(
     path: str|Path,                    # the .csv or .jsonl file
     labels: list[str]|None = None,     # the label set in class order; None: the labels found, sorted
@@ -55,7 +55,7 @@ def load_own(
     splits = {s: group_rows(ordered[ordered["split"] == s]) for s in dict.fromkeys([*SPLITS, *rows["split"]]) if (rows["split"] == s).any()}
     return Corpus(path.stem, labels or found, splits, [f for met, f in faults + told if met], arrays)
 
-# %% ../../nbs/06_own_corpus.ipynb #8daa039d
+# %% ../../nbs/06_own_corpus.ipynb #f9cf3afe
 def _sound(folder, conversation, id, cell):
     if not cell: return None
     if not (folder/cell).is_file():
