@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'FILES', 'RemoteFile', 'fetch', 'download_corpus']
 
-# %% ../../nbs/07_download.ipynb #fbda108d
+# %% ../../nbs/07_download.ipynb #e4db0f32
 import hashlib
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from ..conversations import DataError
 
-# %% ../../nbs/07_download.ipynb #025d7e00
+# %% ../../nbs/07_download.ipynb #4ae73279
 SOURCE = "https://raw.githubusercontent.com/declare-lab/MELD/master/data"
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ FILES = {
         RemoteFile("emorynlp/emorynlp_dev_final.csv", 93130, "20edc9d5917fe705b17b849f7f288e495d4132a60353a6247c3800445bdf8734"),
         RemoteFile("emorynlp/emorynlp_test_final.csv", 100280, "dbc4b5638acd12c92a5f48def829e04f1c765cddffb4eedbe34216312e0d2d78")]}
 
-# %% ../../nbs/07_download.ipynb #0e6eb7ab
+# %% ../../nbs/07_download.ipynb #993e939b
 def fetch(
     file: RemoteFile,
     folder: str|Path,           # where it goes; made if need be
@@ -54,8 +54,8 @@ def fetch(
     if have < file.size:
         request = Request(url, headers={"User-Agent": "erc_moe"} | ({"Range": f"bytes={have}-"} if have else {}))
         try:
-            with urlopen(request, timeout=timeout) as answer, part.open("ab" if answer.status == 206 else "wb") as out:    # 206: only the rest
-                shutil.copyfileobj(answer, out)
+            with urlopen(request, timeout=timeout) as answer, part.open("ab" if answer.status == 206 else "wb") as out:
+                shutil.copyfileobj(answer, out)           # 206: only the rest is sent
         except HTTPError as e:
             raise DataError(f"{url} answered {e.code} {e.reason}", "The file may have moved: look for it there by hand.") from e
         except (OSError, HTTPException) as e:      # no network, no server, a time-out, a broken connection
@@ -72,7 +72,7 @@ def fetch(
 def _sha256(path):
     with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/07_download.ipynb #c323461e
+# %% ../../nbs/07_download.ipynb #44f8a41b
 def download_corpus(
     name: str,                  # "meld" or "emorynlp"
     folder: str|Path,           # the corpus' folder
@@ -81,5 +81,6 @@ def download_corpus(
     "Download the text of a corpus that is in the open; what is there already is kept."
     if name not in FILES:
         raise DataError(f"the corpus {name!r} is not openly downloadable",
-                        f"{' and '.join(FILES)} are. IEMOCAP: sign https://sails.usc.edu/iemocap/; CMU-MOSI: http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/")
+                        f"{' and '.join(FILES)} are. IEMOCAP: sign https://sails.usc.edu/iemocap/; "
+                        "CMU-MOSI: http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/")
     return [fetch(file, folder, source) for file in FILES[name]]

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'HOW', 'load_emorynlp']
 
-# %% ../../nbs/03_emorynlp.ipynb #f479dcc0
+# %% ../../nbs/03_emorynlp.ipynb #f47e9bc6
 import ast
 from pathlib import Path
 
 import pandas as pd
 
 from ..conversations import DataError
-from .core import SPLITS, Corpus, find_folder, group_rows, mend_text, parse_times, read_numbers, read_table, some
+from .core import SPLITS, Corpus, build_corpus, find_folder, parse_times, read_numbers, read_table, some
 
-# %% ../../nbs/03_emorynlp.ipynb #04b10d84
+# %% ../../nbs/03_emorynlp.ipynb #9d108012
 LABELS = ["joyful", "mad", "neutral", "peaceful", "powerful", "sad", "scared"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in the files
 HOW = "Get it with the command: erc_moe_download emorynlp --out DIR"
@@ -25,18 +25,15 @@ def load_emorynlp(
     "EmoryNLP as the MELD repository carries it: 7551, 954 and 984 utterances (Zahiri and Choi, 2018)."
     folder = find_folder("emorynlp", data, [f"emorynlp_{f}_final.csv" for f in FILES.values()], HOW)
     rows = pd.concat([_read_split(folder, split) for split in SPLITS], ignore_index=True)
-    rows["text"], mended = mend_text(rows["text"].tolist())
     together = rows["speaker"].str.contains(", ", regex=False)
     numbers = rows.groupby("conversation", sort=False)["number"].agg(["min", "max", "size"])
     lost = int((numbers["max"] - numbers["size"]).sum())
     faults = [
-        (mended, f"texts with Windows-1252 leftovers or mojibake: {mended}; mended."),
         (lost, f"utterances that the numbering skips: {lost}, in {(numbers['max'] != numbers['size']).sum()} of {len(numbers)} scenes "
                f"({(numbers['min'] > 1).sum()} lack their beginning); this copy does not hold them, utterances are found by id."),
         (together.any(), f"utterances of several speakers at once: {together.sum()} ({some(rows.id[together], 2)}); "
                          "their names are joined and count as a speaker of their own.")]
-    return Corpus("emorynlp", LABELS, {s: group_rows(rows[rows.split == s]) for s in SPLITS}, [f for met, f in faults if met],
-                  protocol_note="official splits, the 9489 utterances of the MELD repository's copy")
+    return build_corpus("emorynlp", LABELS, rows, faults, protocol_note="official splits of the MELD repository's copy")
 
 def _read_split(folder, split):
     table = read_table(folder/f"emorynlp_{FILES[split]}_final.csv",
@@ -45,8 +42,8 @@ def _read_split(folder, split):
     scene = "s" + two("Season") + "_e" + two("Episode") + "_c" + two("Scene_ID")
     rows = pd.DataFrame(dict(
         split=split, conversation=scene, id=scene + "_u" + table["Utterance_ID"].str.zfill(3),
-        number=read_numbers(table, "Utterance_ID").astype(int), speaker=table["Speaker"].map(_speakers), text=table["Utterance"], label=table["Emotion"].str.lower(),
-        start=parse_times(table["Start_Time"]), end=parse_times(table["End_Time"])))
+        number=read_numbers(table, "Utterance_ID").astype(int), speaker=table["Speaker"].map(_speakers), text=table["Utterance"],
+        label=table["Emotion"].str.lower(), start=parse_times(table["Start_Time"]), end=parse_times(table["End_Time"])))
     return rows.sort_values(["conversation", "number"], kind="stable")
 
 def _speakers(cell):

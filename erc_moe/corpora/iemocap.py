@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'CODES', 'SESSIONS', 'RATINGS', 'HOW', 'load_iemocap']
 
-# %% ../../nbs/04_iemocap.ipynb #39baf0d3
+# %% ../../nbs/04_iemocap.ipynb #7bb5d4ba
 import json
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..conversations import DataError
-from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, find_audio, find_folder, group_rows, mend_prosody,
-                                  mend_text, read_features, read_numbers, read_table, some)
+from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, find_audio, find_folder, mend_prosody,
+                                  read_features, read_numbers, read_table, some)
 
-# %% ../../nbs/04_iemocap.ipynb #7b1e61ad
+# %% ../../nbs/04_iemocap.ipynb #81e1e292
 LABELS = ["happy", "sad", "neutral", "angry", "excited", "frustrated"]
 CODES = dict(hap="happy", sad="sad", neu="neutral", ang="angry", exc="excited", fru="frustrated")   # as EmoEvaluation abbreviates them
 SESSIONS = {"1": "validation", "2": "train", "3": "train", "4": "train", "5": "test"}               # MiSTER-E, section 4.1
@@ -25,7 +25,7 @@ HOW = "Sign the licence at https://sails.usc.edu/iemocap/ to get it, and give th
 
 def load_iemocap(
     data: str|Path|None = None,            # the folder that holds `iemocap/`, or is it (table or release); None: $ERC_MOE_DATA
-    split: str = "sessions",               # "sessions": 2-4 / 1 / 5 (MiSTER-E); "cosmic": 108 / 12 / 31 dialogues (needs cosmic_split.json)
+    split: str = "sessions",               # "sessions": 2-4 / 1 / 5 (MiSTER-E); "cosmic": needs cosmic_split.json
     unlabelled_context: bool = True,       # keep utterances outside the six classes as context; False: drop them
     label_file: str|Path|None = None,      # CSV with utterance_id, emotion: replaces the labels (for the release, see above)
 ) -> Corpus:                               # arrays: "gemaps47", "prosody8" where they are there; annotations: "ratings"
@@ -38,44 +38,41 @@ def load_iemocap(
         faults = [(1, f"labels replaced by those of {Path(label_file).name}: {(rows.label != '').sum()} utterances.")]
     arrays, told = _read_arrays(folder, rows["id"].tolist())
     faults += told
-    rows["text"], mended = mend_text(rows["text"].tolist())
     clips = find_audio(folder, ["Session*/sentences/wav/*/*", "audio/**/*"])
     rows["audio"] = rows["id"].map(clips).astype(object)
     rows["split"] = rows["session"].map(SESSIONS) if split == "sessions" else rows["conversation"].map(_cosmic(folder, split))
-    silent, outside = rows.audio.isna() & bool(clips), rows["label"] == ""
+    outside = rows["label"] == ""
     odd = ~rows[RATINGS].apply(lambda column: column.between(1, 5)).all(axis=1)
     back = rows.groupby("conversation", sort=False)["start"].diff() < 0
     faults = [
-        (mended, f"texts with Windows-1252 leftovers or mojibake: {mended}; mended."),
         (outside.any(), f"utterances outside the six classes: {outside.sum()}; "
                         + ("kept as context without a label." if unlabelled_context else "dropped.")),
         *faults,
-        (silent.any(), f"utterances without a wav: {silent.sum()} ({some(rows.id[silent])}); their speech counts as not observed."),
-        (back.any(), f"utterances that stand after one that begins later: {back.sum()}, in {rows.conversation[back].nunique()} dialogues; "
-                     "conversations are ordered by start time."),
+        (back.any(), f"utterances that stand after one that begins later: {back.sum()}, in {rows.conversation[back].nunique()} "
+                     "dialogues; conversations are ordered by start time."),
         (odd.any(), f"utterances rated outside the scale of 1 to 5: {odd.sum()} ({some(rows.id[odd], 2)}); kept in the ratings.")]
-    table = FeatureTable("ratings", rows["id"].tolist(), rows[RATINGS].to_numpy(), "annotators' mean " + ", ".join(RATINGS) + ", 1 to 5")
+    ratings = FeatureTable("ratings", rows["id"].tolist(), rows[RATINGS].to_numpy(), f"annotators' mean {', '.join(RATINGS)}, 1 to 5")
     rows = rows.sort_values(["conversation", "start", "end"], kind="stable")
     if not unlabelled_context: rows = rows[rows["label"] != ""]
     note = dict(sessions="sessions 2-4 / 1 / 5", cosmic="the COSMIC split, 108 / 12 / 31 dialogues")[split]
-    return Corpus("iemocap", LABELS, {s: group_rows(r) for s in SPLITS if len(r := rows[rows["split"] == s])}, [f for met, f in faults if met],
-                  arrays, note, {"ratings": table})
+    return build_corpus("iemocap", LABELS, rows, faults, arrays=arrays, protocol_note=note, annotations={"ratings": ratings})
 
 def _cosmic(folder, split):
     if split != "cosmic": raise DataError(f"IEMOCAP has no split {split!r}", "Choose 'sessions' or 'cosmic'.")
     path = folder/"cosmic_split.json"
     if not path.exists():
         raise DataError(f"the COSMIC split needs {path.name} in the corpus folder",
-                        'Write the dialogue ids that COSMIC publishes as {"cosmic_split": {"train": [...], "val": [...], "test": [...]}}.')
+                        'Write COSMIC\'s dialogue ids as {"cosmic_split": {"train": [...], "val": [...], "test": [...]}}.')
     named = json.loads(path.read_text())["cosmic_split"]
     return {dialogue: s for s, name in zip(SPLITS, ("train", "val", "test")) for dialogue in named[name]}
 
-# %% ../../nbs/04_iemocap.ipynb #00b25faf
+# %% ../../nbs/04_iemocap.ipynb #e4a60d49
 def _read_rows(folder):
-    table = read_table(folder/"utterances.csv", ["utterance_id", "dialogue_id", "session", "speaker", "start", "end", "text", "emotion", *RATINGS])
+    table = read_table(folder/"utterances.csv",
+                       ["utterance_id", "dialogue_id", "session", "speaker", "start", "end", "text", "emotion", *RATINGS])
     rows = pd.DataFrame(dict(
-        id=table["utterance_id"], conversation=table["dialogue_id"], session=table["session"], speaker=table["speaker"] + table["session"],
-        text=table["text"], label=table["emotion"], start=read_numbers(table, "start"), end=read_numbers(table, "end"),
+        id=table["utterance_id"], conversation=table["dialogue_id"], session=table["session"],
+        speaker=table["speaker"] + table["session"], text=table["text"], label=table["emotion"], start=read_numbers(table, "start"), end=read_numbers(table, "end"),
         **{r: read_numbers(table, r) for r in RATINGS}))
     if "emotion_full" not in table: return rows, []
     against = (table["emotion_full"] == "undecided") & (table["emotion"] != "")
@@ -95,7 +92,7 @@ def _read_arrays(folder, ids):
             faults.append((1, told))
     return arrays, faults
 
-# %% ../../nbs/04_iemocap.ipynb #aafa0d91
+# %% ../../nbs/04_iemocap.ipynb #1ab63e09
 _SUMMARY = re.compile(r"^\[([\d.]+) - ([\d.]+)\]\t(\S+)\t(\w+)\t\[([\d.]+), ([\d.]+), ([\d.]+)\]", re.MULTILINE)
 _SPOKEN = re.compile(r"^(\S+) \[[\d.]+-[\d.]+\]:[ \t]*(.*?)\s*$", re.MULTILINE)
 
@@ -104,19 +101,19 @@ def _read_release(folder):
     for path in sorted(folder.glob("Session[1-5]/dialog/EmoEvaluation/Ses*.txt")):
         spoken = path.parents[1]/"transcriptions"/path.name
         if not spoken.exists():
-            raise DataError(f"there is no transcription {spoken.relative_to(folder)}", "Unpack the release again: the copy is not whole.", path.stem)
+            raise DataError(f"there is no transcription {spoken.relative_to(folder)}", "Unpack the release again.", path.stem)
         texts.update(_SPOKEN.findall(spoken.read_text(encoding="cp1252")))
         records += [(path.stem, path.stem[4], *match) for match in _SUMMARY.findall(path.read_text(encoding="cp1252"))]
     if not records:
-        raise DataError(f"no rated utterance was found below {folder.name}/Session*/dialog/EmoEvaluation", "Unpack the release again, with its folders.")
+        raise DataError(f"no rated utterance was found below {folder.name}/Session*/dialog/EmoEvaluation", "Unpack the release again.")
     rows = pd.DataFrame(records, columns=["conversation", "session", "start", "end", "id", "code", *RATINGS]).astype(
         {c: float for c in ("start", "end", *RATINGS)})
     for id, conv in zip(rows["id"], rows["conversation"]):
-        if id not in texts: raise DataError("it is rated but not transcribed", "Unpack the release again: the copy is not whole.", conv, id)
+        if id not in texts: raise DataError("it is rated but not transcribed", "Unpack the release again.", conv, id)
     rows["text"] = rows["id"].map(texts)
     rows["speaker"] = rows["id"].str.extract(r"_([FM])[^_]*$")[0] + rows["session"]
     rows["label"] = rows["code"].map(CODES).fillna("")
     unrated = sorted(set(texts) - set(rows["id"]))
     return rows, [(len(unrated), f"transcribed lines that nobody rated: {len(unrated)} ({some(unrated, 2)}); dropped."),
-                  (1, f"labels are the annotators' majority: {(rows.label != '').sum()} utterances; the published lists call 53 more of the whole "
-                      "corpus happy, give such a list as label_file to match them.")]
+                  (1, f"labels are the annotators' majority: {(rows.label != '').sum()} utterances; the published lists call 53 "
+                      "more of the whole corpus happy: give such a list as label_file to match them.")]

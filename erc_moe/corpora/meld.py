@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'CLIPS', 'SHORTEST', 'LONGEST', 'HOW', 'load_meld']
 
-# %% ../../nbs/02_meld.ipynb #526f8f89
+# %% ../../nbs/02_meld.ipynb #9c79e51e
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, find_audio, find_folder, group_rows, mend_prosody,
-                                  mend_text, parse_times, read_numbers, read_table, some)
+from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, find_audio, find_folder, mend_prosody,
+                                  parse_times, read_numbers, read_table, some)
 
-# %% ../../nbs/02_meld.ipynb #bf5cbf00
+# %% ../../nbs/02_meld.ipynb #e5bb2685
 LABELS = ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in MELD's files
 CLIPS = {"train": "train_splits", "validation": "dev_splits_complete", "test": "output_repeated_splits_test"}
@@ -27,27 +27,16 @@ def load_meld(
     "MELD with its official splits: 9989, 1109 and 2610 utterances (Poria et al., 2019)."
     folder = find_folder("meld", data, [f"{f}_sent_emo.csv" for f in FILES.values()], HOW)
     rows = pd.concat([_read_split(folder, split) for split in SPLITS], ignore_index=True)
-    rows["text"], mended = mend_text(rows["text"].tolist())
-    rows["speaker"], mended_names = mend_text(rows["speaker"].tolist())
     length = rows["end"] - rows["start"]                                                              # (M,) s
     broken = ~length.between(SHORTEST, LONGEST)
     arrays, prosody_faults = _read_prosody(folder, rows, broken)
-    clips = rows["audio"].notna()
-    faults = [
-        (mended + mended_names, f"texts and names with Windows-1252 leftovers or mojibake: {mended + mended_names}; mended."),
-        (1, _tell_gaps(rows)),
-        (broken.any(), f"utterances whose times are no length (under {SHORTEST} s or over {LONGEST:.0f} s): {broken.sum()} "
-                       f"({_with_seconds(rows.id, length, broken)}); their times are set undefined and their speech counts as not observed."),
-        (*_tell_short(rows, length, broken),),
-        (clips.any() and not clips.all(), f"utterances without a clip in the audio folders: {(~clips).sum()} ({some(rows.id[~clips])}); "
-                                          "their speech counts as not observed."),
-        (*_tell_order(rows),), *_tell_repeats(rows), *prosody_faults]
+    faults = [_tell_gaps(rows), _tell_broken(rows, length, broken), _tell_short(rows, length, broken), _tell_order(rows),
+              *_tell_repeats(rows), *prosody_faults]
     rows.loc[broken, ["start", "end"]] = np.nan
     rows.loc[broken, "audio"] = None
-    return Corpus("meld", LABELS, {s: group_rows(rows[rows.split == s]) for s in SPLITS}, [f for met, f in faults if met], arrays,
-                  "official splits")
+    return build_corpus("meld", LABELS, rows, faults, arrays=arrays, protocol_note="official splits")
 
-# %% ../../nbs/02_meld.ipynb #3e4c7a7f
+# %% ../../nbs/02_meld.ipynb #a9f93f71
 def _read_split(folder, split):
     table = read_table(folder/f"{FILES[split]}_sent_emo.csv",
                        ["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID", "Season", "Episode", "StartTime", "EndTime"])
@@ -62,7 +51,8 @@ def _read_split(folder, split):
     return rows.sort_values(["dialogue", "number"], kind="stable")
 
 def _read_prosody(folder, rows, broken):
-    tables = {f: read_table(folder/f"{f}_prosody8.csv", ["filename", *PROSODY8]) for f in FILES.values() if (folder/f"{f}_prosody8.csv").exists()}
+    paths = {f: folder/f"{f}_prosody8.csv" for f in FILES.values()}
+    tables = {f: read_table(path, ["filename", *PROSODY8]) for f, path in paths.items() if path.exists()}
     if not tables: return {}, []
     table = pd.concat([t.assign(clip=f + "/" + t["filename"].str.removesuffix(".wav")) for f, t in tables.items()], ignore_index=True)
     ids = table["clip"].map(dict(zip(rows["clip"], rows["id"])))
@@ -76,33 +66,39 @@ def _read_prosody(folder, rows, broken):
     return {"prosody8": FeatureTable("prosody8", ids.tolist(), values, note)}, [
         (len(missing), f"prosody8, utterances without a row: {len(missing)} ({some(missing)}); their speech counts as not observed."),
         (len(dropped), f"prosody8, rows that belong to no utterance: {len(dropped)} ({some(sorted(dropped), 9)}); dropped."),
-        (other.any(), f"prosody8, clips over 0.3 s longer or shorter than their times: {other.sum()} ({some(ids[other])}); kept."), (1, undefined)]
+        (other.any(), f"prosody8, clips over 0.3 s longer or shorter than their times: {other.sum()} ({some(ids[other])}); kept."),
+        (1, undefined)]
 
-# %% ../../nbs/02_meld.ipynb #2dbcad2b
-def _with_seconds(ids, length, which):
-    return ", ".join(f"{i} {s:.3g} s" for i, s in zip(ids[which], length[which]))
-
+# %% ../../nbs/02_meld.ipynb #992de788
 def _tell_gaps(rows):
     numbers = rows.groupby(["split", "dialogue"], sort=False)["number"].agg(["max", "size"])
     gaps = (numbers["max"] + 1 != numbers["size"]).groupby("split", sort=False).sum()
     dialogues = rows.groupby("split", sort=False)["dialogue"].unique()
     absent = [f"{s}_dia{d}" for s, there in dialogues.items() for d in sorted(set(range(max(there))) - set(there))]
-    return (f"dialogues with gaps in their utterance numbers: {some([f'{n} in {s}' for s, n in gaps.items()])}; dialogues skipped: "
-            f"{some(absent) or 'none'}; utterances are found by id, never by position.")
+    return 1, (f"dialogues with gaps in their utterance numbers: {some([f'{n} in {s}' for s, n in gaps.items()])}; dialogues skipped: "
+               f"{some(absent) or 'none'}; utterances are found by id, never by position.")
+
+def _tell_broken(rows, length, broken):
+    named = ", ".join(f"{id} {seconds:.3g} s" for id, seconds in zip(rows.id[broken], length[broken]))
+    return broken.any(), (f"utterances whose times are no length (under {SHORTEST} s or over {LONGEST:.0f} s): {broken.sum()} ({named}); "
+                          "their times are set undefined and their speech counts as not observed.")
 
 def _tell_short(rows, length, broken):
     short = (length < 0.2) & ~broken
-    return short.sum(), f"further utterances of less than 0.2 s by their times, too short for their text: {short.sum()} ({some(rows.id[short], 3)}); kept."
+    return short.any(), (f"further utterances of less than 0.2 s by their times, too short for their text: {short.sum()} "
+                         f"({some(rows.id[short], 3)}); kept.")
 
 def _tell_order(rows):
     back = rows.groupby("conversation", sort=False)["start"].diff() < 0
     dialogues = rows.conversation[back].unique()
-    return len(dialogues), f"dialogues whose times run backwards: {len(dialogues)} ({some(dialogues, 3)}); the order is that of the utterance numbers."
+    return len(dialogues), (f"dialogues whose times run backwards: {len(dialogues)} ({some(dialogues, 3)}); the order is that of the "
+                            "utterance numbers.")
 
 def _tell_repeats(rows):
     key = ["episode", "start", "end", "text"]
-    again = rows[rows.duplicated(key, keep=False)].groupby(key, sort=False).agg(ids=("id", list), splits=("split", "nunique"), labels=("label", "nunique"))
+    again = rows[rows.duplicated(key, keep=False)].groupby(key, sort=False).agg(
+        ids=("id", " = ".join), splits=("split", "nunique"), labels=("label", "nunique"))
     across, within = again[again.splits > 1], again[again.splits == 1]
-    return [(len(across), f"utterances that stand in two splits: {len(across)} ({some([' = '.join(i) for i in across.ids])}); kept, as the published counts have them."),
+    return [(len(across), f"utterances that stand in two splits: {len(across)} ({some(across.ids)}); kept, as in the published counts."),
             (len(within), f"utterances that stand twice in one split: {len(within)}, with two different labels: {(within.labels > 1).sum()} "
-                          f"({some([' = '.join(i) for i in within.ids], 2)}); kept.")]
+                          f"({some(within.ids, 2)}); kept.")]

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['LABELS', 'HOW', 'OFFICIAL', 'load_mosi']
 
-# %% ../../nbs/05_mosi.ipynb #dff09197
+# %% ../../nbs/05_mosi.ipynb #20203cac
 from pathlib import Path
 
 import pandas as pd
 
 from ..conversations import DataError
-from .core import (SPLITS, Corpus, FeatureTable, find_audio, find_folder, group_rows,
-                                  mend_text, read_features, read_numbers, read_table, some)
+from .core import (SPLITS, Corpus, FeatureTable, build_corpus, find_audio, find_folder, read_features, read_numbers,
+                                  read_table)
 
-# %% ../../nbs/05_mosi.ipynb #d2ac7b30
+# %% ../../nbs/05_mosi.ipynb #e61b778c
 LABELS = ["negative", "positive"]
-HOW = "Get it for research at http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/ and write its segments as utterances.csv (see the page on CMU-MOSI)."
+HOW = ("Get it for research at http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/ and write its segments as utterances.csv "
+       "(see this library's page on CMU-MOSI).")
 OFFICIAL = {"train": "train", "val": "validation", "test": "test"}
 
 def load_mosi(
@@ -24,24 +25,22 @@ def load_mosi(
     split: str = "official",      # "official", "paper" (MiSTER-E, section 4.1) or "bclstm"
 ) -> Corpus:                      # arrays: "audio73" where it is there; annotations: "score"
     "CMU-MOSI in two classes: 1284, 229 and 686 segments on the official split (Zadeh et al., 2016)."
-    if split not in ("official", "paper", "bclstm"): raise DataError(f"CMU-MOSI has no split {split!r}", "Choose 'official', 'paper' or 'bclstm'.")
+    if split not in ("official", "paper", "bclstm"):
+        raise DataError(f"CMU-MOSI has no split {split!r}", "Choose 'official', 'paper' or 'bclstm'.")
     folder = find_folder("mosi", data, ["utterances.csv"], HOW)
     table = read_table(folder/"utterances.csv", ["utterance_id", "video_id", "clip", "text", "score", "split", "bclstm_split"])
     score, clips = read_numbers(table, "score"), find_audio(folder, ["audio/**/*"])
-    text, mended = mend_text(table["text"].tolist())
-    shouted = [t for t in text if t.isupper()]
+    shouted = table["text"].str.isupper()
     rows = pd.DataFrame(dict(
         id=table["utterance_id"], conversation=table["video_id"], speaker=table["video_id"], number=read_numbers(table, "clip"),
-        text=[t.lower() if t.isupper() else t for t in text], label=[LABELS[s >= 0] for s in score], split=_split(table, split),
+        text=table["text"].mask(shouted, table["text"].str.lower()), label=[LABELS[s >= 0] for s in score], split=_split(table, split),
         audio=table["utterance_id"].map(clips).astype(object)))
-    silent = rows["audio"].isna() & bool(clips)
     for id, conv, s in zip(rows["id"], rows["conversation"], score):
         if not -3 <= s <= 3: raise DataError(f"the score {s} is outside -3 to 3", "Correct the table.", conv, id)
     faults = [
-        (mended, f"texts with Windows-1252 leftovers or mojibake: {mended}; mended."),
-        (shouted, f"transcripts all in capitals: {len(shouted)}; set in lower case, since a cased text encoder would spell capitals letter by letter."),
-        ((score == 0).any(), f"segments with a score of exactly 0: {(score == 0).sum()}; positive, by MiSTER-E's rule."),
-        (silent.any(), f"segments without a sound file: {silent.sum()} ({some(rows.id[silent])}); their speech counts as not observed.")]
+        (shouted.any(), f"transcripts all in capitals: {shouted.sum()}; set in lower case, since a cased text encoder would spell capitals "
+                        "letter by letter."),
+        ((score == 0).any(), f"segments with a score of exactly 0: {(score == 0).sum()}; positive, by MiSTER-E's rule.")]
     arrays = {}
     if (folder/"audio73.npy").exists():
         seen = {s: (table["bclstm_split"] == "train")[rows["split"] == s] for s in SPLITS}
@@ -51,10 +50,9 @@ def load_mosi(
         faults.append((1, f"audio73: {note}; say so with every result."))
     scores = FeatureTable("score", rows["id"].tolist(), score.to_numpy()[:, None], "annotators' mean sentiment, -3 to 3")
     rows = rows.sort_values(["conversation", "number"], kind="stable")
-    return Corpus("mosi", LABELS, {s: group_rows(r) for s in SPLITS if len(r := rows[rows["split"] == s])}, [f for met, f in faults if met],
-                  arrays, f"{split} split", {"score": scores})
+    return build_corpus("mosi", LABELS, rows, faults, arrays=arrays, protocol_note=f"{split} split", annotations={"score": scores})
 
-# %% ../../nbs/05_mosi.ipynb #231272c4
+# %% ../../nbs/05_mosi.ipynb #46833d7a
 def _split(table, split):
     if split == "official": return table["split"].map(OFFICIAL)
     test = table["split" if split == "paper" else "bclstm_split"] == "test"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['deal_splits', 'load_own']
 
-# %% ../../nbs/06_own_corpus.ipynb #9222d4d9
+# %% ../../nbs/06_own_corpus.ipynb #69ff41b8
 import hashlib
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ..conversations import DataError
-from .core import SPLITS, Corpus, group_rows, mend_text, read_features, read_numbers, read_table, some
+from .core import Corpus, build_corpus, read_features, read_numbers, read_table, some
 
-# %% ../../nbs/06_own_corpus.ipynb #faf050a6
+# %% ../../nbs/06_own_corpus.ipynb #b6176102
 def deal_splits(
     conversations: list[str],   # names of conversations
 ) -> dict[str, str]:            # name -> split
@@ -24,7 +24,7 @@ def deal_splits(
     part = len(dealt) // 5
     return {name: "test" if i < part else "validation" if i < 2*part else "train" for i, name in enumerate(dealt)}
 
-# %% ../../nbs/06_own_corpus.ipynb #d3e549e4
+# %% ../../nbs/06_own_corpus.ipynb #121ea7ad
 def load_own(
     path: str|Path,                    # the .csv or .jsonl file
     labels: list[str]|None = None,     # the label set in class order; None: the labels found, sorted
@@ -36,30 +36,27 @@ def load_own(
     position = table.groupby("conversation").cumcount()
     order = read_numbers(table, "order") if "order" in table else position
     name = table["conversation"] + "_" + (table["order"] if "order" in table else position.astype(str))
-    text, mended = mend_text(table["text"].tolist())
-    rows = pd.DataFrame(dict(conversation=table["conversation"], id=column("id").where(column("id") != "", name), order=order, speaker=table["speaker"],
-                             text=text, label=column("label"), split=column("split")))
+    rows = pd.DataFrame(dict(conversation=table["conversation"], id=column("id").where(column("id") != "", name), order=order,
+                             speaker=table["speaker"], text=table["text"], label=column("label"), split=column("split")))
     for cell, field in ((table["conversation"], "conversation"), (table["speaker"], "speaker")):
         for id in rows["id"][cell == ""][:1]: raise DataError(f"its {field} is empty", f"Name the {field}.", utterance=id)
     rows["audio"] = [_sound(path.parent, *cells) for cells in zip(rows["conversation"], rows["id"], column("audio"))]
-    faults = [(mended, f"texts with Windows-1252 leftovers or mojibake: {mended}; mended."),
-              ((rows.label == "").any() and (rows.label != "").any(), f"utterances without a label: {(rows.label == '').sum()}; context only.")]
+    faults = [(0 < (rows.label == "").sum() < len(rows), f"utterances without a label: {(rows.label == '').sum()}; context only.")]
     if (rows["split"] == "").all():
         rows["split"] = rows["conversation"].map(deal_splits(rows["conversation"].tolist()))
-        faults.append((1, f"the file names no split: {rows.conversation.nunique()} conversations dealt out by the hash of their name."))
+        faults.append((1, f"no split is named: {rows.conversation.nunique()} conversations are dealt out by the hash of their name."))
     for id, conv in zip(rows["id"][rows["split"] == ""][:1], rows["conversation"][rows["split"] == ""]):
         raise DataError("it has no split while others have", "Give every row a split, or none.", conv, id)
     arrays, told = _read_arrays(path, rows)
     found = sorted(set(rows["label"]) - {""})
-    ordered = rows.sort_values("order", kind="stable")
-    splits = {s: group_rows(ordered[ordered["split"] == s]) for s in dict.fromkeys([*SPLITS, *rows["split"]]) if (rows["split"] == s).any()}
-    return Corpus(path.stem, labels or found, splits, [f for met, f in faults + told if met], arrays)
+    return build_corpus(path.stem, labels or found, rows.sort_values("order", kind="stable"), faults + told, arrays=arrays)
 
-# %% ../../nbs/06_own_corpus.ipynb #f9cf3afe
+# %% ../../nbs/06_own_corpus.ipynb #1ed01772
 def _sound(folder, conversation, id, cell):
     if not cell: return None
     if not (folder/cell).is_file():
-        raise DataError(f"its sound file {cell!r} does not exist beside the table", "Correct the path, or leave it empty if there is no sound.", conversation, id)
+        raise DataError(f"its sound file {cell!r} does not exist beside the table",
+                        "Correct the path, or leave it empty if there is no sound.", conversation, id)
     return folder/cell
 
 def _read_arrays(path, rows):
@@ -69,7 +66,8 @@ def _read_arrays(path, rows):
         arrays[name], dropped = read_features(file, rows["id"].tolist(), name, f"from {file.name}")
         for i in np.flatnonzero(np.isnan(arrays[name].values).any(axis=1))[:1]:
             raise DataError(f"the features {file.name!r} hold NaN for it",
-                            "Extract it again; to mark it as not observed, leave it out of a .safetensors file.", utterance=arrays[name].ids[i])
+                            "Extract it again; to mark it as not observed, leave it out of a .safetensors file.",
+                            utterance=arrays[name].ids[i])
         missing = [id for id in rows["id"] if id not in set(arrays[name].ids)] if len(arrays[name].ids) < len(rows) else []
         faults += [(dropped, f"{name}, vectors that belong to no utterance: {dropped}; dropped."),
                    (missing, f"{name}, utterances without a vector: {len(missing)} ({some(missing)}); counted as not observed.")]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'load_corpus']
 
-# %% ../../nbs/09_load_corpus.ipynb #aeffbe9c
+# %% ../../nbs/09_load_corpus.ipynb #af0dcb48
 import importlib
 import inspect
 from pathlib import Path
@@ -15,7 +15,7 @@ from .core import Corpus
 
 CORPORA = ["sample", "meld", "emorynlp", "iemocap", "mosi"]
 
-# %% ../../nbs/09_load_corpus.ipynb #3bec0780
+# %% ../../nbs/09_load_corpus.ipynb #fc90357c
 def load_corpus(
     name: str|Path,                # one of `CORPORA`, or the path of your own .csv or .jsonl file
     data: str|Path|None = None,    # the folder that holds meld/, iemocap/ ..., or the corpus' own folder; None: $ERC_MOE_DATA
@@ -24,7 +24,8 @@ def load_corpus(
     "The corpus of this name; a `DataError` that lists the names, the options or the places looked at where that fails."
     own = Path(name).suffix in (".csv", ".jsonl")
     if not own and name not in CORPORA:
-        raise DataError(f"there is no corpus {str(name)!r}", f"The corpora are {', '.join(CORPORA)}; your own is given as a path that ends in .csv or .jsonl.")
+        raise DataError(f"there is no corpus {str(name)!r}",
+                        f"The corpora are {', '.join(CORPORA)}; your own is given as a path that ends in .csv or .jsonl.")
     module = importlib.import_module(f"erc_moe.corpora.{'own' if own else name}")
     reader = getattr(module, f"load_{'own' if own else name}")
     known = [p for p in inspect.signature(reader).parameters if p not in ("data", "path")]
