@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #bd66ebd2
+# %% ../../nbs/13_feature_pipeline.ipynb #08fdcd90
 import hashlib
 import json
 import os
@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors, save as save_tensors
 
 from ..conversations import Conversation, DataError
-from ..corpora.core import Corpus, FeatureTable, read_features
+from ..corpora.core import Corpus, FeatureTable, read_features, some
 from .speech import OPENSMILE_SETS, OpenSmile
-from .store import Extractor, FeatureStore, atomic_write, extract
+from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #e7e7a45a
+# %% ../../nbs/13_feature_pipeline.ipynb #e74d3f01
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, bool]]:       # per term: its name, and whether it is taken relative to the conversation
@@ -37,7 +37,7 @@ def parse_source(
         terms.append((name, bool(at)))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #5c807253
+# %% ../../nbs/13_feature_pipeline.ipynb #b0b1244c
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -57,16 +57,16 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #799e5fab
+# %% ../../nbs/13_feature_pipeline.ipynb #64f32f54
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
-    lengths: list[int],     # utterances of each conversation, N in all
+    ends: np.ndarray,       # the row after each conversation's last; the last is N
 ) -> np.ndarray:            # (N, D), NaN where `values` is
     "Each conversation's rows less their mean, over their standard deviation; 0 where that is 0."
-    parts = np.split(values, np.cumsum(lengths)[:-1])
+    parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #6854fc2e
+# %% ../../nbs/13_feature_pipeline.ipynb #a7329890
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -86,8 +86,8 @@ class _Rows:
     content: str            # hash of what the rows were made from
     told: list[str]         # what a reader should know
 
-def _extracted(computer, compute, inputs, utterances, cache, missing, progress):
-    "Rows of the utterances in `inputs`, from the cache or computed into it."
+def _extracted(computer, compute, inputs, ids, cache, missing, progress):
+    "Rows of the utterances in `inputs` (id -> text or path), from the cache or computed into it."
     keys, broken = {}, {}
     for u, x in inputs.items():
         try: keys[u] = computer.content_key(x)
@@ -97,54 +97,58 @@ def _extracted(computer, compute, inputs, utterances, cache, missing, progress):
         store = FeatureStore(Path(folder)/f"{e.name.replace('/', '--')}-{e.key}", e)
         extract(store, {k: inputs[u] for u, k in keys.items()}, compute, missing="absent", progress=progress)
         broken |= {u: store.absent[k] for u, k in keys.items() if k in store.absent}
-        there = [u for u in keys if u not in broken]
-        found = dict(zip(there, store.lookup([keys[u] for u in there])[0]))
-    for u, why in broken.items():
-        if missing == "error":
-            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            raise DataError(f"{why}{more}", "Mend it, or ask for missing=\"absent\" to go on without these clips.", utterance=u)
-    values = np.full((len(utterances), e.width), np.nan, np.float32)                              # (N, D)
-    for i, u in enumerate(utterances):
-        if u.id in found: values[i] = found[u.id]
-    told = [f"{e.name}: {u!r} counts as absent, {why}" for u, why in broken.items()]
-    if len(inputs) < len(utterances): told.append(f"{e.name}: {len(utterances) - len(inputs)} of {len(utterances)} utterances have none")
-    return _Rows(values, np.array([u.id in found for u in utterances]), asdict(e), _digest([(u.id, keys.get(u.id)) for u in utterances]), told)
+        there = [u for u in ids if u in keys and u not in broken]
+        present, values = np.isin(ids, there), np.full((len(ids), e.width), np.nan, np.float32)       # (N,), (N, D)
+        values[present] = store.lookup([keys[u] for u in there])[0]
+    for u in broken if missing == "error" else ():
+        more = f" (and so {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise DataError(f"{broken[u]}{more}", "Mend it, or ask for missing=\"absent\" to go on without these clips.", utterance=u)
+    told = [f"{e.name}: {len(broken)} clips cannot be used and count as absent ({some(f'{u}: {why}' for u, why in broken.items())})"] if broken else []
+    if len(inputs) < len(ids): told.append(f"{e.name}: {len(ids) - len(inputs)} of {len(ids)} utterances have nothing to compute it from")
+    return _Rows(values, present, asdict(e), _digest([(u, keys.get(u)) for u in ids]), told)
 
-def _given(name, values, present, utterances):
+def _given(name, values, present, ids):
     "Rows of a table that somebody else computed."
-    ids = [u.id for u in utterances]
     if not present.any():
-        raise DataError(f"{name!r} has no row for any of the {len(ids)} utterances", "Check that its ids are the corpus' utterance ids.", utterance=ids[0])
+        raise DataError(f"{name!r} has no row for any of the {len(ids)} utterances", "Check that its ids are the utterances' ids.", utterance=ids[0])
     values = np.where(present[:, None], values, np.nan).astype(np.float32)
-    told = [] if present.all() else [f"{name}: {(~present).sum()} of {len(ids)} utterances have none"]
+    told = [] if present.all() else [f"{name}: {(~present).sum()} of {len(ids)} utterances have no row"]
     return _Rows(values, present, {}, _digest(ids, values.tobytes()), told)
 
-def _rows(source, utterances, arrays, cache, missing, progress):
-    "Rows of one term of a source for `utterances`."
-    if source == "minilm" or source.startswith("hf:"):
-        encoder = TextEncoder(source.removeprefix("hf:"))
-        return _extracted(encoder, encoder.embed, {u.id: u.text for u in utterances if u.text.strip()}, utterances, cache, missing, progress)
-    if source in OPENSMILE_SETS:
-        smile = OpenSmile(source)
-        return _extracted(smile, smile.rows, {u.id: u.audio for u in utterances if u.audio}, utterances, cache, missing, progress)
-    if source in arrays:
-        return _given(source, *arrays[source].lookup([u.id for u in utterances]), utterances)
-    path = Path(source)
-    if (path/"manifest.json").is_file():
-        return _given(source, *FeatureStore(path).lookup([u.id for u in utterances]), utterances)
-    if path.suffix in (".npy", ".safetensors") and path.is_file():
-        ids = [u.id for u in utterances]
-        return _given(source, *read_features(path, ids, source)[0].lookup(ids), utterances)
+def _kind(source, arrays):
+    "What a term's name stands for; `DataError` that lists what there is."
+    if source == "minilm" or source.startswith("hf:"): return "encoder"
+    if source in OPENSMILE_SETS: return "opensmile"
+    if source in arrays: return "array"
+    if (Path(source)/"manifest.json").is_file(): return "store"
+    if Path(source).suffix in (".npy", ".safetensors") and Path(source).is_file(): return "file"
     raise DataError(f"unknown feature source {source!r}",
-                    f"There are the text encoders minilm and hf:NAME, the openSMILE sets {', '.join(OPENSMILE_SETS)}, the arrays of these "
-                    f"conversations ({', '.join(arrays) or 'they have none'}), and paths to a feature store, a .npy or a .safetensors file. "
-                    f"An array that a model was trained with is given beside the conversations to predict.")
+                    f"There are the text encoders minilm and hf:NAME, the openSMILE sets {', '.join(OPENSMILE_SETS)}, the arrays of this "
+                    f"corpus ({', '.join(arrays) or 'it has none'}), and paths of a feature store, a .npy or a .safetensors file.")
 
-# %% ../../nbs/13_feature_pipeline.ipynb #ec6ebdad
+def _rows(source, kind, utterances, arrays, cache, missing, progress):
+    "Rows of one term of a source for `utterances`."
+    ids = [u.id for u in utterances]
+    if kind == "encoder":
+        encoder = TextEncoder(source.removeprefix("hf:"))
+        return _extracted(encoder, encoder.embed, {u.id: u.text for u in utterances if u.text.strip()}, ids, cache, missing, progress)
+    if kind == "opensmile":
+        smile = OpenSmile(source)
+        return _extracted(smile, smile.rows, {u.id: u.audio for u in utterances if u.audio}, ids, cache, missing, progress)
+    if kind == "store": return _given(source, *FeatureStore(source).lookup(ids), ids)
+    if kind == "file": return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)
+    if source not in arrays:
+        raise DataError(f"the features {source!r}, which came with the corpus that the model was trained on, are not given for these conversations",
+                        f"Put them beside your table, TABLE.{source}.npy beside TABLE.csv, with one row per utterance; or train with features "
+                        f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
+    return _given(source, *arrays[source].lookup(ids), ids)
+
+# %% ../../nbs/13_feature_pipeline.ipynb #25c89e89
 @dataclass
 class Part:
     "One fitted term of a source."
     source: str             # "prosody8"
+    kind: str               # "encoder", "opensmile", "array" (came with the corpus), "store", "file"
     relative: bool          # taken relative to the conversation
     identity: dict          # its `Extractor` as a dictionary; {} for an array or a file
     mean: np.ndarray        # float64 (D,), over training utterances
@@ -171,21 +175,18 @@ class FeaturePipeline:
         progress: bool = False,                # show progress bars while extracting
     ) -> "FeaturePipeline":                    # itself
         "Extract everything (into the cache) and fit the scaling on the training utterances."
-        convs, train = corpus.conversations, sum(map(len, corpus.splits["train"]))
+        utterances, train = [u for c in corpus.conversations for u in c.utterances], sum(map(len, corpus.splits["train"]))
         content, self.parts = [], {}
         for modality, spec in self.sources.items():
             for source, relative in parse_source(spec):
-                rows = self._get(source, convs, corpus.arrays, cache, progress)
+                kind = _kind(source, corpus.arrays)
+                rows = _rows(source, kind, utterances, corpus.arrays, cache is not False and cache_folder(cache), self.missing, progress)
                 if not rows.present[:train].any():
                     raise DataError(f"no training utterance has {modality!r} features from {source!r}", "Choose a source that the corpus has.")
-                self.parts.setdefault(modality, []).append(Part(source, relative, rows.identity, *fit_scale(rows.values[:train])))
+                self.parts.setdefault(modality, []).append(Part(source, kind, relative, rows.identity, *fit_scale(rows.values[:train])))
                 content.append([modality, source, relative, rows.identity, rows.content])
         self.feature_hash = _digest(content, self.clip)
         return self
-
-    def _get(self, source, convs, arrays, cache, progress):
-        utterances = [u for c in convs for u in c.utterances]
-        return _rows(source, utterances, arrays, cache is not False and cache_folder(cache), self.missing, progress)
 
     def apply(self,
         data: Corpus|list[Conversation],                   # what to attach features to
@@ -197,26 +198,26 @@ class FeaturePipeline:
         if not self.parts: raise DataError("the feature pipeline is not fitted", "Call fit(corpus) first, or load a saved one.")
         convs = data.conversations if isinstance(data, Corpus) else list(data)
         arrays = arrays if arrays is not None else data.arrays if isinstance(data, Corpus) else {}
-        lengths, done, self.told = list(map(len, convs)), {c.id: c for c in convs}, []
+        utterances, ends = [u for c in convs for u in c.utterances], np.cumsum([len(c) for c in convs])
+        self.told, done = [], convs
         for modality, parts in self.parts.items():
-            values, present = [], np.zeros(sum(lengths), bool)
+            values, present = [], np.zeros(len(utterances), bool)                                   # [(N, D_i)], (N,)
             for p in parts:
-                rows = self._get(p.source, convs, arrays, cache, progress)
+                rows = _rows(p.source, p.kind, utterances, arrays, cache is not False and cache_folder(cache), self.missing, progress)
                 self._check(p, rows)
-                z = (rows.values - p.mean) / p.std                                            # (N, D)
-                beyond = (np.abs(z) > self.clip).any(1)
-                if beyond.any(): rows.told.append(f"{p.source}: {beyond.sum()} utterances have a measure more than {self.clip:g} standard "
-                                                  f"deviations from the training mean; it is clipped there")
-                scaled = scale(rows.values, p.mean, p.std, self.clip)
-                if p.relative:
-                    scaled = np.nan_to_num(relative_to_conversation(np.where(np.isnan(rows.values), np.nan, scaled), lengths))
-                values.append(scaled)
+                far = np.flatnonzero((np.abs((rows.values - p.mean) / p.std) > self.clip).any(1))
+                if len(far): rows.told.append(f"{p.source}: {len(far)} utterances have a measure over {self.clip:g} standard deviations from the "
+                                              f"training mean, which is cut there ({some(utterances[i].id for i in far)})")
+                z = scale(rows.values, p.mean, p.std, self.clip)                                    # (N, D_i)
+                if p.relative: z = np.nan_to_num(relative_to_conversation(np.where(np.isnan(rows.values), np.nan, z), ends))
+                values.append(z)
                 present |= rows.present
-                self.told += [f"{modality} {t}" for t in rows.told if f"{modality} {t}" not in self.told]
-            rows = zip(np.split(np.hstack(values), np.cumsum(lengths)[:-1]), np.split(present, np.cumsum(lengths)[:-1]))
-            done = {c.id: done[c.id].with_features(modality, v, p) for c, (v, p) in zip(convs, rows)}
-        if not isinstance(data, Corpus): return [done[c.id] for c in convs]
-        return replace(data.map(lambda c: done[c.id]), faults=data.faults + self.told)
+                self.told += [t for t in (f"{modality} {t}" for t in rows.told) if t not in self.told]
+            done = [c.with_features(modality, v, here) for c, v, here in
+                    zip(done, np.split(np.hstack(values), ends[:-1]), np.split(present, ends[:-1]))]
+        if not isinstance(data, Corpus): return done
+        by_id = {c.id: c for c in done}
+        return replace(data.map(lambda c: by_id[c.id]), faults=data.faults + self.told)
 
     def _check(self, part, rows):
         if rows.identity != part.identity:
@@ -228,7 +229,7 @@ class FeaturePipeline:
 
     def to_config(self) -> dict:
         "All but the scaling, as JSON values."
-        parts = {m: [{"source": p.source, "relative": p.relative, "identity": p.identity, "width": len(p.mean)} for p in parts]
+        parts = {m: [{"source": p.source, "kind": p.kind, "relative": p.relative, "identity": p.identity, "width": len(p.mean)} for p in parts]
                  for m, parts in self.parts.items()}
         return {"sources": self.sources, "clip": self.clip, "missing": self.missing, "feature_hash": self.feature_hash, "parts": parts}
 
@@ -250,7 +251,7 @@ class FeaturePipeline:
         folder = Path(folder)
         try:
             config, scaling = json.loads((folder/"pipeline.json").read_bytes()), load_tensors((folder/"scaling.safetensors").read_bytes())
-            parts = {m: [Part(p["source"], p["relative"], p["identity"], scaling[f"{m}.{i}.mean"], scaling[f"{m}.{i}.std"])
+            parts = {m: [Part(p["source"], p["kind"], p["relative"], p["identity"], scaling[f"{m}.{i}.mean"], scaling[f"{m}.{i}.std"])
                          for i, p in enumerate(ps)] for m, ps in config.pop("parts").items()}
             return cls(**config, parts=parts)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:

