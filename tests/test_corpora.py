@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from erc_moe.conversations import DataError
 from erc_moe.corpora import Corpus, FeatureTable, load_corpus
-from erc_moe.corpora.core import group_rows, mend_text, read_table
+from erc_moe.corpora.core import group_rows
+from erc_moe.corpora.files import mend_text, read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("ERC_MOE_DATA")

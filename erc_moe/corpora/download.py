@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'FILES', 'RemoteFile', 'fetch', 'download_corpus']
 
-# %% ../../nbs/07_download.ipynb #e4db0f32
+# %% ../../nbs/07_download.ipynb #f0614d87
 import hashlib
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from ..conversations import DataError
 
-# %% ../../nbs/07_download.ipynb #4ae73279
+# %% ../../nbs/07_download.ipynb #0447096a
 SOURCE = "https://raw.githubusercontent.com/declare-lab/MELD/master/data"
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ FILES = {
         RemoteFile("emorynlp/emorynlp_dev_final.csv", 93130, "20edc9d5917fe705b17b849f7f288e495d4132a60353a6247c3800445bdf8734"),
         RemoteFile("emorynlp/emorynlp_test_final.csv", 100280, "dbc4b5638acd12c92a5f48def829e04f1c765cddffb4eedbe34216312e0d2d78")]}
 
-# %% ../../nbs/07_download.ipynb #993e939b
+# %% ../../nbs/07_download.ipynb #e4cec7ab
 def fetch(
     file: RemoteFile,
     folder: str|Path,           # where it goes; made if need be
@@ -66,13 +66,13 @@ def fetch(
     if _sha256(part) != file.sha256:
         part.unlink()
         raise DataError(f"{url} is not the file that was published (SHA-256 or size differ)",
-                        "Run the command again; if it stays so, the file has changed on the server, and its numbers would not compare.")
+                        "Run the command again; if it stays so, the file has changed on the server: its scores would not compare.")
     return part.replace(path)
 
 def _sha256(path):
     with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/07_download.ipynb #44f8a41b
+# %% ../../nbs/07_download.ipynb #529f9ea0
 def download_corpus(
     name: str,                  # "meld" or "emorynlp"
     folder: str|Path,           # the corpus' folder

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'HOW', 'load_emorynlp']
 
-# %% ../../nbs/03_emorynlp.ipynb #f47e9bc6
+# %% ../../nbs/03_emorynlp.ipynb #fdbb8508
 import ast
 from pathlib import Path
 
 import pandas as pd
 
 from ..conversations import DataError
-from .core import SPLITS, Corpus, build_corpus, find_folder, parse_times, read_numbers, read_table, some
+from .core import SPLITS, Corpus, build_corpus
+from .files import find_folder, parse_times, read_numbers, read_table, some
 
-# %% ../../nbs/03_emorynlp.ipynb #9d108012
+# %% ../../nbs/03_emorynlp.ipynb #9ddd597d
 LABELS = ["joyful", "mad", "neutral", "peaceful", "powerful", "sad", "scared"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in the files
 HOW = "Get it with the command: erc_moe_download emorynlp --out DIR"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'CODES', 'SESSIONS', 'RATINGS', 'HOW', 'load_iemocap']
 
-# %% ../../nbs/04_iemocap.ipynb #7bb5d4ba
+# %% ../../nbs/04_iemocap.ipynb #29df8382
 import json
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..conversations import DataError
-from .core import (PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, find_audio, find_folder, mend_prosody,
-                                  read_features, read_numbers, read_table, some)
+from .core import PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, mend_prosody, read_features
+from .files import find_audio, find_folder, read_numbers, read_table, some
 
-# %% ../../nbs/04_iemocap.ipynb #81e1e292
+# %% ../../nbs/04_iemocap.ipynb #39f4d12c
 LABELS = ["happy", "sad", "neutral", "angry", "excited", "frustrated"]
 CODES = dict(hap="happy", sad="sad", neu="neutral", ang="angry", exc="excited", fru="frustrated")   # as EmoEvaluation abbreviates them
 SESSIONS = {"1": "validation", "2": "train", "3": "train", "4": "train", "5": "test"}               # MiSTER-E, section 4.1
@@ -66,13 +66,14 @@ def _cosmic(folder, split):
     named = json.loads(path.read_text())["cosmic_split"]
     return {dialogue: s for s, name in zip(SPLITS, ("train", "val", "test")) for dialogue in named[name]}
 
-# %% ../../nbs/04_iemocap.ipynb #e4a60d49
+# %% ../../nbs/04_iemocap.ipynb #13787a3b
 def _read_rows(folder):
     table = read_table(folder/"utterances.csv",
                        ["utterance_id", "dialogue_id", "session", "speaker", "start", "end", "text", "emotion", *RATINGS])
     rows = pd.DataFrame(dict(
         id=table["utterance_id"], conversation=table["dialogue_id"], session=table["session"],
-        speaker=table["speaker"] + table["session"], text=table["text"], label=table["emotion"], start=read_numbers(table, "start"), end=read_numbers(table, "end"),
+        speaker=table["speaker"] + table["session"], text=table["text"], label=table["emotion"],
+        start=read_numbers(table, "start"), end=read_numbers(table, "end"),
         **{r: read_numbers(table, r) for r in RATINGS}))
     if "emotion_full" not in table: return rows, []
     against = (table["emotion_full"] == "undecided") & (table["emotion"] != "")
@@ -92,7 +93,7 @@ def _read_arrays(folder, ids):
             faults.append((1, told))
     return arrays, faults
 
-# %% ../../nbs/04_iemocap.ipynb #1ab63e09
+# %% ../../nbs/04_iemocap.ipynb #0b7fa38e
 _SUMMARY = re.compile(r"^\[([\d.]+) - ([\d.]+)\]\t(\S+)\t(\w+)\t\[([\d.]+), ([\d.]+), ([\d.]+)\]", re.MULTILINE)
 _SPOKEN = re.compile(r"^(\S+) \[[\d.]+-[\d.]+\]:[ \t]*(.*?)\s*$", re.MULTILINE)
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LABELS', 'HOW', 'OFFICIAL', 'load_mosi']
 
-# %% ../../nbs/05_mosi.ipynb #20203cac
+# %% ../../nbs/05_mosi.ipynb #071d06d4
 from pathlib import Path
 
 import pandas as pd
 
 from ..conversations import DataError
-from .core import (SPLITS, Corpus, FeatureTable, build_corpus, find_audio, find_folder, read_features, read_numbers,
-                                  read_table)
+from .core import SPLITS, Corpus, FeatureTable, build_corpus, read_features
+from .files import find_audio, find_folder, read_numbers, read_table
 
-# %% ../../nbs/05_mosi.ipynb #e61b778c
+# %% ../../nbs/05_mosi.ipynb #fc979cb2
 LABELS = ["negative", "positive"]
 HOW = ("Get it for research at http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/ and write its segments as utterances.csv "
        "(see this library's page on CMU-MOSI).")
@@ -52,7 +52,7 @@ def load_mosi(
     rows = rows.sort_values(["conversation", "number"], kind="stable")
     return build_corpus("mosi", LABELS, rows, faults, arrays=arrays, protocol_note=f"{split} split", annotations={"score": scores})
 
-# %% ../../nbs/05_mosi.ipynb #46833d7a
+# %% ../../nbs/05_mosi.ipynb #65326d52
 def _split(table, split):
     if split == "official": return table["split"].map(OFFICIAL)
     test = table["split" if split == "paper" else "bclstm_split"] == "test"

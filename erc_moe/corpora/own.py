@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['deal_splits', 'load_own']
 
-# %% ../../nbs/06_own_corpus.ipynb #69ff41b8
+# %% ../../nbs/06_own_corpus.ipynb #0094c3dc
 import hashlib
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from ..conversations import DataError
-from .core import Corpus, build_corpus, read_features, read_numbers, read_table, some
+from .core import Corpus, build_corpus, read_features
+from .files import read_numbers, read_table, some
 
-# %% ../../nbs/06_own_corpus.ipynb #b6176102
+# %% ../../nbs/06_own_corpus.ipynb #21ac8be0
 def deal_splits(
     conversations: list[str],   # names of conversations
 ) -> dict[str, str]:            # name -> split
@@ -24,7 +25,7 @@ def deal_splits(
     part = len(dealt) // 5
     return {name: "test" if i < part else "validation" if i < 2*part else "train" for i, name in enumerate(dealt)}
 
-# %% ../../nbs/06_own_corpus.ipynb #121ea7ad
+# %% ../../nbs/06_own_corpus.ipynb #0a181ee4
 def load_own(
     path: str|Path,                    # the .csv or .jsonl file
     labels: list[str]|None = None,     # the label set in class order; None: the labels found, sorted
@@ -51,7 +52,7 @@ def load_own(
     found = sorted(set(rows["label"]) - {""})
     return build_corpus(path.stem, labels or found, rows.sort_values("order", kind="stable"), faults + told, arrays=arrays)
 
-# %% ../../nbs/06_own_corpus.ipynb #1ed01772
+# %% ../../nbs/06_own_corpus.ipynb #8037dc1e
 def _sound(folder, conversation, id, cell):
     if not cell: return None
     if not (folder/cell).is_file():
