@@ -39,6 +39,9 @@ def test_metrics_are_those_of_scikit_learn_and_torchmetrics(seed):
     assert metrics.macro_f1 == pytest.approx(np.mean([report[n]["f1-score"] for n in occurs]))
     truth, p = torch.tensor(labels[scored]), torch.tensor(logits[scored]).softmax(-1)
     assert metrics.confusion == multiclass_confusion_matrix(p, truth, 5).tolist()
+    bins = ev.calibration_bins(logits, labels)
+    filled = bins.count > 0
+    assert (bins.edges[:-1][filled] < bins.confidence[filled]).all() and (bins.confidence[filled] <= bins.edges[1:][filled]).all()
     assert metrics.ece == pytest.approx(multiclass_calibration_error(p, truth, 5, n_bins=15, norm="l1").item(), abs=1e-5)
 
 
@@ -85,6 +88,7 @@ def test_intervals_of_seeds_and_of_differences(seed):
     several = ev.bootstrap_interval(runs, resamples=200, seed=1)
     assert several.score == pytest.approx(np.mean([ev.weighted_f1(r.sum(0)) for r in runs]))
     np.testing.assert_allclose(ev.resampled_scores(runs, resamples=50), np.mean([ev.resampled_scores(r, resamples=50) for r in runs], 0))
+    assert [several.low, several.high] == pytest.approx(np.quantile(ev.resampled_scores(runs, resamples=200, seed=1), [.025, .975]))
     assert several.low <= several.high and ev.bootstrap_interval(runs, resamples=200, seed=1) == several
     wider = ev.bootstrap_interval(runs, resamples=200, level=.99, seed=1)
     assert wider.low <= several.low and several.high <= wider.high

@@ -178,6 +178,7 @@ def test_extreme_logits_stay_finite(dtype):
     losses = every_loss(logits, torch.tensor([0, 0, 2]), views, torch.zeros(3, dtype=torch.long))
     losses.sum().backward()
     assert losses.dtype == torch.float32 and losses.isfinite().all()
+    assert focal_loss(logits[0], torch.tensor([0, 0, 2])).dtype == consistency_loss(logits[0], [logits[1]]).dtype == torch.float32
     assert logits.grad.isfinite().all() and views.grad.isfinite().all()
 
 
