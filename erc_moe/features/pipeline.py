@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #08fdcd90
+# %% ../../nbs/13_feature_pipeline.ipynb #63e4ea02
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #e74d3f01
+# %% ../../nbs/13_feature_pipeline.ipynb #bb8aab2e
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, bool]]:       # per term: its name, and whether it is taken relative to the conversation
@@ -37,7 +37,7 @@ def parse_source(
         terms.append((name, bool(at)))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #b0b1244c
+# %% ../../nbs/13_feature_pipeline.ipynb #35656f43
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -57,7 +57,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #64f32f54
+# %% ../../nbs/13_feature_pipeline.ipynb #1ba6b046
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -66,7 +66,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #a7329890
+# %% ../../nbs/13_feature_pipeline.ipynb #1db8cdc5
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -143,7 +143,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #25c89e89
+# %% ../../nbs/13_feature_pipeline.ipynb #0dc015c4
 @dataclass
 class Part:
     "One fitted term of a source."
@@ -163,6 +163,10 @@ class FeaturePipeline:
     parts: dict[str, list[Part]] = field(default_factory=dict)   # modality -> its terms, once fitted
     feature_hash: str|None = None      # identifies sources and content, once fitted
     told: list[str] = field(default_factory=list)                # what was met: absent utterances, clipped measures
+
+    def __repr__(self):
+        terms = [f"{m}: {spec} ({self.widths.get(m, 'not fitted')})" for m, spec in self.sources.items()]
+        return f"FeaturePipeline({', '.join(terms)}; {(self.feature_hash or 'no hash')[:12]})"
 
     @property
     def widths(self) -> dict[str, int]:
@@ -185,7 +189,7 @@ class FeaturePipeline:
                     raise DataError(f"no training utterance has {modality!r} features from {source!r}", "Choose a source that the corpus has.")
                 self.parts.setdefault(modality, []).append(Part(source, kind, relative, rows.identity, *fit_scale(rows.values[:train])))
                 content.append([modality, source, relative, rows.identity, rows.content])
-        self.feature_hash = _digest(content, self.clip)
+        self.feature_hash = _digest(content, float(self.clip))
         return self
 
     def apply(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_write', 'Extractor', 'FeatureStore', 'extract']
 
-# %% ../../nbs/10_feature_store.ipynb #6f3d5261
+# %% ../../nbs/10_feature_store.ipynb #8e6bd032
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..conversations import DataError
 
-# %% ../../nbs/10_feature_store.ipynb #54f65050
+# %% ../../nbs/10_feature_store.ipynb #c033d10f
 def atomic_write(
     path: Path|str,   # the file to write or replace; its folder exists
     data: bytes,      # the whole content
@@ -39,7 +39,7 @@ def atomic_write(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../../nbs/10_feature_store.ipynb #7ee4309c
+# %% ../../nbs/10_feature_store.ipynb #a4508f3c
 @dataclass(frozen=True)
 class Extractor:
     "What computed a row of features: its name, the revision of its weights or code, its parameters."
@@ -53,7 +53,7 @@ class Extractor:
         "16 hexadecimal digits that change with anything that changes the numbers."
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/10_feature_store.ipynb #da85d2af
+# %% ../../nbs/10_feature_store.ipynb #cebc6f6c
 class FeatureStore:
     "A folder of float32 features by utterance id, made by one `Extractor`; opened, or begun when `extractor` is given."
     def __init__(self,
@@ -185,7 +185,7 @@ class FeatureStore:
         for file in faults: (self.path/file).unlink(missing_ok=True)
         return self.missing(before)
 
-# %% ../../nbs/10_feature_store.ipynb #f8d66685
+# %% ../../nbs/10_feature_store.ipynb #83292508
 def extract(
     store: FeatureStore,                                    # where the rows go
     items: dict[str, object],                               # utterance id -> what `compute` takes: a text, a path
