@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['stacked_linear', 'StreamAttention', 'FusionNetwork']
 
-# %% ../../nbs/31_fusion.ipynb #ba94319e
+# %% ../../nbs/31_fusion.ipynb #804d6f79
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import Layout, dropout
 
-# %% ../../nbs/31_fusion.ipynb #cf2dc0a5
+# %% ../../nbs/31_fusion.ipynb #336bb9b3
 def stacked_linear(
     streams: int,   # S
     inp: int,       # width in
@@ -23,7 +23,7 @@ def stacked_linear(
     return (nn.Parameter(torch.stack([l.weight.detach().T for l in linears])),
             nn.Parameter(torch.stack([l.bias.detach()[None] for l in linears])))
 
-# %% ../../nbs/31_fusion.ipynb #60457260
+# %% ../../nbs/31_fusion.ipynb #ed70b454
 class StreamAttention(nn.Module):
     "LN(x + MHA(query from x, key and value from the other stream, or from x itself)), both streams at once (eqs 5-8)."
     def __init__(self,
@@ -34,6 +34,7 @@ class StreamAttention(nn.Module):
         dropout: float = 0.5,     # on what attention brings, before the residual
     ):
         super().__init__()
+        if inner % heads: raise ValueError(f"attention {inner} wide cannot be shared by {heads} heads")
         self.heads, self.cross, self.dropout = heads, cross, dropout
         self.qkv_weight, self.qkv_bias = stacked_linear(2, width, 3*inner)
         self.out_weight, self.out_bias = stacked_linear(2, inner, width)
@@ -58,7 +59,7 @@ class StreamAttention(nn.Module):
         y = x + dropout(heard, self.dropout, self.training)
         return F.layer_norm(y, y.shape[-1:]) * self.norm_weight + self.norm_bias
 
-# %% ../../nbs/31_fusion.ipynb #e2d0b62c
+# %% ../../nbs/31_fusion.ipynb #ef4e3f99
 class FusionNetwork(nn.Module):
     "Speech and text through layers of cross- and self-attention, then one classifier (eqs 5-9)."
     def __init__(self,

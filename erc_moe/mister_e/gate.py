@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Gate']
 
-# %% ../../nbs/32_gate.ipynb #3bd507fa
+# %% ../../nbs/32_gate.ipynb #388265d3
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/32_gate.ipynb #a610657c
+# %% ../../nbs/32_gate.ipynb #ce82f444
 class Gate(nn.Module):
     "Weights over experts from their logits, and the mixture of these logits (eqs 10-11)."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
-# %% ../../nbs/33_mister_e.ipynb #205eec2e
+# %% ../../nbs/33_mister_e.ipynb #2f734e00
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .context import ContextNetwork, Layout, add_context, dropout
 from .fusion import FusionNetwork
 from .gate import Gate
 
-# %% ../../nbs/33_mister_e.ipynb #8615faf4
+# %% ../../nbs/33_mister_e.ipynb #6e0bb88a
 @dataclass
 class MisterEConfig:
     "Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss. Section 4.2 has the defaults."
@@ -81,7 +81,13 @@ class MisterEConfig:
                      context_dropout=0.3, fusion_dropout=0.5, reduction="mean", contrastive_weight=0.1, temperature=0.5)
         return cls.paper(corpus, widths, classes, **small | changes)
 
-# %% ../../nbs/33_mister_e.ipynb #e6bffbc4
+    @classmethod
+    def released(cls, corpus: str, widths: dict[str, int], classes: int, **changes) -> "MisterEConfig":
+        "The paper's sizes with the choices of the authors' released code where it differs from the paper."
+        switches = dict(gate="mlp", gate_temperature=2., consistency="symmetric", heads=3, reduction="mean")
+        return cls.paper(corpus, widths, classes, **switches | changes)
+
+# %% ../../nbs/33_mister_e.ipynb #1610e377
 @dataclass
 class MisterEOutput:
     "What MiSTER-E says of a batch; logits and weights are 0 at padding."
@@ -90,7 +96,7 @@ class MisterEOutput:
     gate: Tensor|None                       # (B, N, E) in the order of `experts`
     representations: Tensor|None            # (2, M, W) of the fusion network, real utterances only, speech then text
 
-# %% ../../nbs/33_mister_e.ipynb #8f4090c3
+# %% ../../nbs/33_mister_e.ipynb #0e66265f
 class MisterE(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
     "Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E, section 3)."
     def __init__(self,
