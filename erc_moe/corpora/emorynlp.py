@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'HOW', 'load_emorynlp']
 
-# %% ../../nbs/03_emorynlp.ipynb #fdbb8508
+# %% ../../nbs/03_emorynlp.ipynb #dfd57e7a
 import ast
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..conversations import DataError
 from .core import SPLITS, Corpus, build_corpus
 from .files import find_folder, parse_times, read_numbers, read_table, some
 
-# %% ../../nbs/03_emorynlp.ipynb #9ddd597d
+# %% ../../nbs/03_emorynlp.ipynb #bc92a4e7
 LABELS = ["joyful", "mad", "neutral", "peaceful", "powerful", "sad", "scared"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in the files
 HOW = "Get it with the command: erc_moe_download emorynlp --out DIR"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'CODES', 'SESSIONS', 'RATINGS', 'HOW', 'load_iemocap']
 
-# %% ../../nbs/04_iemocap.ipynb #29df8382
+# %% ../../nbs/04_iemocap.ipynb #ce9019fe
 import json
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..conversations import DataError
 from .core import PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, mend_prosody, read_features
 from .files import find_audio, find_folder, read_numbers, read_table, some
 
-# %% ../../nbs/04_iemocap.ipynb #39f4d12c
+# %% ../../nbs/04_iemocap.ipynb #d6f4952a
 LABELS = ["happy", "sad", "neutral", "angry", "excited", "frustrated"]
 CODES = dict(hap="happy", sad="sad", neu="neutral", ang="angry", exc="excited", fru="frustrated")   # as EmoEvaluation abbreviates them
 SESSIONS = {"1": "validation", "2": "train", "3": "train", "4": "train", "5": "test"}               # MiSTER-E, section 4.1
@@ -66,7 +66,7 @@ def _cosmic(folder, split):
     named = json.loads(path.read_text())["cosmic_split"]
     return {dialogue: s for s, name in zip(SPLITS, ("train", "val", "test")) for dialogue in named[name]}
 
-# %% ../../nbs/04_iemocap.ipynb #13787a3b
+# %% ../../nbs/04_iemocap.ipynb #f071ebe7
 def _read_rows(folder):
     table = read_table(folder/"utterances.csv",
                        ["utterance_id", "dialogue_id", "session", "speaker", "start", "end", "text", "emotion", *RATINGS])
@@ -93,7 +93,7 @@ def _read_arrays(folder, ids):
             faults.append((1, told))
     return arrays, faults
 
-# %% ../../nbs/04_iemocap.ipynb #0b7fa38e
+# %% ../../nbs/04_iemocap.ipynb #a5e9eeeb
 _SUMMARY = re.compile(r"^\[([\d.]+) - ([\d.]+)\]\t(\S+)\t(\w+)\t\[([\d.]+), ([\d.]+), ([\d.]+)\]", re.MULTILINE)
 _SPOKEN = re.compile(r"^(\S+) \[[\d.]+-[\d.]+\]:[ \t]*(.*?)\s*$", re.MULTILINE)
 

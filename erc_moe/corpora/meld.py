@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'FILES', 'CLIPS', 'SHORTEST', 'LONGEST', 'HOW', 'load_meld']
 
-# %% ../../nbs/02_meld.ipynb #0bcb146a
+# %% ../../nbs/02_meld.ipynb #ae844bba
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from .core import PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, mend_prosody
 from .files import find_audio, find_folder, parse_times, read_numbers, read_table, some
 
-# %% ../../nbs/02_meld.ipynb #e81fbb5a
+# %% ../../nbs/02_meld.ipynb #133a7de5
 LABELS = ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]
 FILES = {"train": "train", "validation": "dev", "test": "test"}       # split -> the name it has in MELD's files
 CLIPS = {"train": "train_splits", "validation": "dev_splits_complete", "test": "output_repeated_splits_test"}
@@ -36,7 +36,7 @@ def load_meld(
     rows.loc[broken, "audio"] = None
     return build_corpus("meld", LABELS, rows, faults, arrays=arrays, protocol_note="official splits")
 
-# %% ../../nbs/02_meld.ipynb #ea930826
+# %% ../../nbs/02_meld.ipynb #39ed8394
 def _read_split(folder, split):
     table = read_table(folder/f"{FILES[split]}_sent_emo.csv",
                        ["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID", "Season", "Episode", "StartTime", "EndTime"])
@@ -69,7 +69,7 @@ def _read_prosody(folder, rows, broken):
         (other.any(), f"prosody8, clips over 0.3 s longer or shorter than their times: {other.sum()} ({some(ids[other])}); kept."),
         (1, undefined)]
 
-# %% ../../nbs/02_meld.ipynb #18c14661
+# %% ../../nbs/02_meld.ipynb #5d9549ff
 def _tell_gaps(rows):
     numbers = rows.groupby(["split", "dialogue"], sort=False)["number"].agg(["max", "size"])
     gaps = (numbers["max"] + 1 != numbers["size"]).groupby("split", sort=False).sum()

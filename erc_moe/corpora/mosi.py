@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'HOW', 'OFFICIAL', 'load_mosi']
 
-# %% ../../nbs/05_mosi.ipynb #071d06d4
+# %% ../../nbs/05_mosi.ipynb #b9d6b9b7
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +14,7 @@ from ..conversations import DataError
 from .core import SPLITS, Corpus, FeatureTable, build_corpus, read_features
 from .files import find_audio, find_folder, read_numbers, read_table
 
-# %% ../../nbs/05_mosi.ipynb #fc979cb2
+# %% ../../nbs/05_mosi.ipynb #f8d8809c
 LABELS = ["negative", "positive"]
 HOW = ("Get it for research at http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/ and write its segments as utterances.csv "
        "(see this library's page on CMU-MOSI).")
@@ -52,7 +52,7 @@ def load_mosi(
     rows = rows.sort_values(["conversation", "number"], kind="stable")
     return build_corpus("mosi", LABELS, rows, faults, arrays=arrays, protocol_note=f"{split} split", annotations={"score": scores})
 
-# %% ../../nbs/05_mosi.ipynb #65326d52
+# %% ../../nbs/05_mosi.ipynb #4a177c96
 def _split(table, split):
     if split == "official": return table["split"].map(OFFICIAL)
     test = table["split" if split == "paper" else "bclstm_split"] == "test"
