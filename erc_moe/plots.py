@@ -6,7 +6,7 @@
 __all__ = ['MODALITY_COLORS', 'expert_color', 'plot_confusion', 'plot_class_f1', 'plot_gate', 'plot_losses', 'plot_scores',
            'plot_conversation', 'plot_reliability']
 
-# %% ../nbs/50_plots.ipynb #c436ab2f
+# %% ../nbs/50_plots.ipynb #b42aed77
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from .conversations import Conversation, emotion_color
 from .evaluation import CalibrationBins
 
-# %% ../nbs/50_plots.ipynb #a1258227
+# %% ../nbs/50_plots.ipynb #40d4839a
 MODALITY_COLORS = dict(text="#56b4e9", speech="#d55e00", visual="#009e73", multimodal="#5e3c99", mixture="#333333")
 
 def expert_color(
@@ -27,7 +27,7 @@ def expert_color(
     "The colour that an expert has in every plot; grey for a name outside the palette."
     return MODALITY_COLORS.get(name, "#999999")
 
-# %% ../nbs/50_plots.ipynb #2e54eb0a
+# %% ../nbs/50_plots.ipynb #4167d43d
 def _axes(ax, width, height):
     return plt.subplots(figsize=(width, height), dpi=90, layout="constrained")[1] if ax is None else ax
 
@@ -44,14 +44,14 @@ def plot_confusion(
     confusion = np.asarray(confusion)
     ax = _axes(ax, .62 * len(classes) + 2.2, .5 * len(classes) + 1.3)
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)                               # (C, C)
-    sns.heatmap(share, vmin=0, vmax=1, cmap="Blues", annot=confusion, fmt="d", linewidths=.5, xticklabels=classes, yticklabels=classes, ax=ax,
-                cbar_kws=dict(label="share of the true class", format=PercentFormatter(1), ticks=[0, .5, 1]))
+    sns.heatmap(share, vmin=0, vmax=1, cmap="Blues", annot=confusion, fmt="d", linewidths=.5, xticklabels=classes, yticklabels=classes,
+                ax=ax, cbar_kws=dict(label="share of the true class", format=PercentFormatter(1), ticks=[0, .5, 1]))
     ax.set(xlabel="predicted", ylabel="truth")
     ax.tick_params(axis="x", rotation=45); ax.tick_params(axis="y", rotation=0)
     plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
     return ax
 
-# %% ../nbs/50_plots.ipynb #a50a93e0
+# %% ../nbs/50_plots.ipynb #0ca7ac92
 def plot_class_f1(
     scores: dict[str, dict[str, float]],   # system -> emotion -> F1
     weighted: float|None = None,           # weighted F1, drawn as a line
@@ -66,13 +66,14 @@ def plot_class_f1(
         if len(scores) == 1: ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2, bbox=dict(fc="white", ec="none", pad=.5))
     if weighted is not None:
         ax.axhline(weighted, color="#333333", ls=":", lw=1)
-        ax.annotate(f"weighted {weighted:.2f}", (1, weighted), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
+        ax.annotate(f"weighted {weighted:.2f}", (1, weighted), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    va="center", fontsize=8)
     if len(scores) > 1: ax.legend(frameon=False, ncols=len(scores), loc="lower center", bbox_to_anchor=(.5, 1))
     ax.set(ylabel="F1", ylim=(0, 1), xticks=range(len(classes)), xticklabels=classes)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/50_plots.ipynb #43cac81d
+# %% ../nbs/50_plots.ipynb #2c503e5e
 def plot_gate(
     gate,                  # (M, E) weights that sum to 1
     experts: list[str],    # E names
@@ -81,7 +82,7 @@ def plot_gate(
     "Distribution of the gate's weight on each expert."
     gate = np.asarray(gate)
     ax = _axes(ax, 1.5 * len(experts) + 1.5, 2.8)
-    sns.violinplot([column for column in gate.T], palette=[expert_color(e) for e in experts], cut=0, inner=None, linewidth=0, density_norm="width", ax=ax)
+    sns.violinplot(list(gate.T), palette=[expert_color(e) for e in experts], cut=0, inner=None, linewidth=0, density_norm="width", ax=ax)
     ax.vlines(range(len(experts)), *np.quantile(gate, [.25, .75], axis=0), color="black", lw=3)
     ax.scatter(range(len(experts)), gate.mean(0), color="white", edgecolor="black", zorder=3, clip_on=False)
     ax.axhline(1 / len(experts), color="#333333", ls=":", lw=1)
@@ -89,7 +90,7 @@ def plot_gate(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/50_plots.ipynb #f2a833d4
+# %% ../nbs/50_plots.ipynb #866cd9dd
 def plot_losses(
     log: list[dict],        # rows with "epoch" and "losses": name -> value
     ax: Axes|None = None,
@@ -121,7 +122,7 @@ def plot_scores(
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5)); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/50_plots.ipynb #13a1513d
+# %% ../nbs/50_plots.ipynb #5ce0bedf
 def plot_conversation(
     conversation: Conversation,                # N utterances
     classes: list[str],                        # C emotions, in class order
@@ -129,7 +130,7 @@ def plot_conversation(
     gate=None,                                 # (N, E) weights of the first E entries of `probabilities`
     ax: Axes|None = None,
 ) -> Axes:
-    "Truth, predictions and gate weights along the utterances of a conversation; emotions are spelt out in the truth and where a prediction is not it."
+    "Truth, predictions and gate weights along a conversation; emotions are spelt out in the truth and where a prediction is not it."
     N, names = len(conversation), list(probabilities)
     rows = {"truth": conversation.labels} | {n: [classes[i] for i in np.argmax(p, -1)] for n, p in probabilities.items()}
     bottom = len(rows) + (1.6 if gate is not None else 0)
@@ -149,16 +150,18 @@ def plot_conversation(
         ticks, labels = [*ticks, bottom - .7], [*labels, "gate"]
     present = [c for c in classes if any(c in emotions for emotions in rows.values())]
     legend = dict(frameon=False, fontsize=8, labelspacing=.3, handlelength=1.2)
-    ax.add_artist(ax.legend(handles=[Patch(color=emotion_color(c), label=c) for c in present], loc="upper left", bbox_to_anchor=(1, 1), **legend))
+    emotions = [Patch(color=emotion_color(c), label=c) for c in present]
+    ax.add_artist(ax.legend(handles=emotions, loc="upper left", bbox_to_anchor=(1, 1), **legend))
     if gate is not None:
-        ax.legend(handles=[Patch(color=expert_color(n), label=n) for n in names[:np.shape(gate)[1]]], loc="lower left", bbox_to_anchor=(1, 0), **legend)
+        experts = [Patch(color=expert_color(n), label=n) for n in names[:np.shape(gate)[1]]]
+        ax.legend(handles=experts, loc="lower left", bbox_to_anchor=(1, 0), **legend)
     speakers = [u.speaker for u in conversation.utterances]
     ax.set(xlim=(-.6, N - .4), ylim=(bottom + .1, -.1), yticks=ticks, yticklabels=labels, xticks=range(N), title=conversation.id)
     ax.set_xticklabels([s if i == 0 or s != speakers[i - 1] else "" for i, s in enumerate(speakers)], rotation=90 if N > 8 else 0, fontsize=8)
     ax.spines[:].set_visible(False); ax.tick_params(length=0)
     return ax
 
-# %% ../nbs/50_plots.ipynb #661c9352
+# %% ../nbs/50_plots.ipynb #59b444bf
 def plot_reliability(
     bins: CalibrationBins,    # of `calibration_bins`
     ax: Axes|None = None,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK_ROWS', 'contrastive_loss']
 
-# %% ../../nbs/21_contrastive_loss.ipynb #4781b273
+# %% ../../nbs/21_contrastive_loss.ipynb #b8d61c32
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .focal import reduce_loss
 
-# %% ../../nbs/21_contrastive_loss.ipynb #b94549f9
+# %% ../../nbs/21_contrastive_loss.ipynb #27580070
 BLOCK_ROWS = 512   # anchors (with padding) computed at once
 
 def _blocks(sizes: list[int]) -> list[list[int]]:
@@ -41,7 +41,7 @@ def _anchor_losses(
     attraction = (similarity * positive).sum(-1) / positives.clamp_min(1)                                # (B, A)
     return (partition - attraction).where(positives > 0, 0)[real]
 
-# %% ../../nbs/21_contrastive_loss.ipynb #9419ffe9
+# %% ../../nbs/21_contrastive_loss.ipynb #d533d899
 def contrastive_loss(
     speech: Tensor,                # (M, D) multimodal representation from speech, M real utterances
     text: Tensor,                  # (M, D) multimodal representation from text
@@ -63,6 +63,6 @@ def contrastive_loss(
     z, labels = z[order], labels[order]
     runs = _blocks([size for size in sizes.tolist() if size])
     rows = [sum(run) for run in runs]
-    with torch.autocast(z.device.type, enabled=False):                                     # bfloat16 similarities over tau would be off by 1 % and more
+    with torch.autocast(z.device.type, enabled=False):                                     # tau magnifies bfloat16's error
         losses = [_anchor_losses(*block, temperature) for block in zip(z.split(rows), labels.split(rows), runs) if block[2]]
     return reduce_loss(torch.cat([z.sum(-1)[:0], *losses]), reduction, anchor.sum())
