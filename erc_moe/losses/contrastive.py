@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK_ROWS', 'contrastive_loss']
 
-# %% ../../nbs/21_contrastive_loss.ipynb #b8d61c32
+# %% ../../nbs/21_contrastive_loss.ipynb #fb6a20e1
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .focal import reduce_loss
 
-# %% ../../nbs/21_contrastive_loss.ipynb #27580070
+# %% ../../nbs/21_contrastive_loss.ipynb #0fbae11f
 BLOCK_ROWS = 512   # anchors (with padding) computed at once
 
 def _blocks(sizes: list[int]) -> list[list[int]]:
@@ -41,7 +41,7 @@ def _anchor_losses(
     attraction = (similarity * positive).sum(-1) / positives.clamp_min(1)                                # (B, A)
     return (partition - attraction).where(positives > 0, 0)[real]
 
-# %% ../../nbs/21_contrastive_loss.ipynb #d533d899
+# %% ../../nbs/21_contrastive_loss.ipynb #440a08f4
 def contrastive_loss(
     speech: Tensor,                # (M, D) multimodal representation from speech, M real utterances
     text: Tensor,                  # (M, D) multimodal representation from text
