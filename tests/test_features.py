@@ -243,7 +243,7 @@ def test_absent_rows_are_absent_and_told():
     corpus = make_corpus()
     ready = FeaturePipeline(SOURCE).fit(corpus, cache=False).apply(corpus, cache=False)
     observed = set(corpus.arrays["m"].ids)
-    assert any("utterances have no row" in f for f in ready.faults)
+    assert any("utterances without a row" in f for f in ready.faults)
     for c in ready.conversations:
         want = [u.id in observed for u in c.utterances]
         assert c.present["speech"].tolist() == want and not c.features["speech"][~np.array(want)].any()

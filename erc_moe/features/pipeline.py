@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #63e4ea02
+# %% ../../nbs/13_feature_pipeline.ipynb #e94abac8
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #bb8aab2e
+# %% ../../nbs/13_feature_pipeline.ipynb #c92f7bcd
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, bool]]:       # per term: its name, and whether it is taken relative to the conversation
@@ -37,7 +37,7 @@ def parse_source(
         terms.append((name, bool(at)))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #35656f43
+# %% ../../nbs/13_feature_pipeline.ipynb #3866598b
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -57,7 +57,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #1ba6b046
+# %% ../../nbs/13_feature_pipeline.ipynb #e18e4d24
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -66,7 +66,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #1db8cdc5
+# %% ../../nbs/13_feature_pipeline.ipynb #a1699169
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -88,23 +88,24 @@ class _Rows:
 
 def _extracted(computer, compute, inputs, ids, cache, missing, progress):
     "Rows of the utterances in `inputs` (id -> text or path), from the cache or computed into it."
-    keys, broken = {}, {}
+    keys, broken, e = {}, {}, computer.extractor
     for u, x in inputs.items():
         try: keys[u] = computer.content_key(x)
-        except OSError: broken[u] = f"its audio file {x} cannot be opened"
+        except OSError:
+            broken[u] = f"its audio file {x} cannot be opened"
+            if missing == "error": raise DataError(broken[u], "Check the path, or let it count as absent (missing=\"absent\").", utterance=u)
     with nullcontext(cache) if cache else tempfile.TemporaryDirectory() as folder:
-        e = computer.extractor
         store = FeatureStore(Path(folder)/f"{e.name.replace('/', '--')}-{e.key}", e)
-        extract(store, {k: inputs[u] for u, k in keys.items()}, compute, missing="absent", progress=progress)
+        try: extract(store, {k: inputs[u] for u, k in keys.items()}, compute, missing, progress=progress)
+        except DataError as error:                                               # the store knows content, its reader utterances
+            utterance = next((u for u, k in keys.items() if k == error.utterance), error.utterance)
+            raise DataError(error.problem, error.mend, utterance=utterance) from error
         broken |= {u: store.absent[k] for u, k in keys.items() if k in store.absent}
         there = [u for u in ids if u in keys and u not in broken]
         present, values = np.isin(ids, there), np.full((len(ids), e.width), np.nan, np.float32)       # (N,), (N, D)
         values[present] = store.lookup([keys[u] for u in there])[0]
-    for u in broken if missing == "error" else ():
-        more = f" (and so {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise DataError(f"{broken[u]}{more}", "Mend it, or ask for missing=\"absent\" to go on without these clips.", utterance=u)
-    told = [f"{e.name}: {len(broken)} clips cannot be used and count as absent ({some(f'{u}: {why}' for u, why in broken.items())})"] if broken else []
-    if len(inputs) < len(ids): told.append(f"{e.name}: {len(ids) - len(inputs)} of {len(ids)} utterances have nothing to compute it from")
+    told = [f"{e.name}, clips that cannot be used: {len(broken)} ({some(f'{u}: {why}' for u, why in broken.items())}); counted as not observed."] if broken else []
+    if len(inputs) < len(ids): told.append(f"{e.name}, utterances without what it is computed from: {len(ids) - len(inputs)}; counted as not observed.")
     return _Rows(values, present, asdict(e), _digest([(u, keys.get(u)) for u in ids]), told)
 
 def _given(name, values, present, ids):
@@ -112,7 +113,7 @@ def _given(name, values, present, ids):
     if not present.any():
         raise DataError(f"{name!r} has no row for any of the {len(ids)} utterances", "Check that its ids are the utterances' ids.", utterance=ids[0])
     values = np.where(present[:, None], values, np.nan).astype(np.float32)
-    told = [] if present.all() else [f"{name}: {(~present).sum()} of {len(ids)} utterances have no row"]
+    told = [] if present.all() else [f"{name}, utterances without a row: {(~present).sum()}; counted as not observed."]
     return _Rows(values, present, {}, _digest(ids, values.tobytes()), told)
 
 def _kind(source, arrays):
@@ -143,7 +144,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #0dc015c4
+# %% ../../nbs/13_feature_pipeline.ipynb #5723028b
 @dataclass
 class Part:
     "One fitted term of a source."
@@ -210,8 +211,8 @@ class FeaturePipeline:
                 rows = _rows(p.source, p.kind, utterances, arrays, cache is not False and cache_folder(cache), self.missing, progress)
                 self._check(p, rows)
                 far = np.flatnonzero((np.abs((rows.values - p.mean) / p.std) > self.clip).any(1))
-                if len(far): rows.told.append(f"{p.source}: {len(far)} utterances have a measure over {self.clip:g} standard deviations from the "
-                                              f"training mean, which is cut there ({some(utterances[i].id for i in far)})")
+                if len(far): rows.told.append(f"{p.source}, utterances with a measure over {self.clip:g} standard deviations from the training "
+                                              f"mean: {len(far)} ({some(utterances[i].id for i in far)}); cut there.")
                 z = scale(rows.values, p.mean, p.std, self.clip)                                    # (N, D_i)
                 if p.relative: z = np.nan_to_num(relative_to_conversation(np.where(np.isnan(rows.values), np.nan, z), ends))
                 values.append(z)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORTEST', 'OPENSMILE_SETS', 'RATE', 'read_audio', 'resample', 'OpenSmile']
 
-# %% ../../nbs/12_speech_features.ipynb #e4402f48
+# %% ../../nbs/12_speech_features.ipynb #1ab9a56c
 import hashlib
 import importlib.metadata
 import re
@@ -22,7 +22,7 @@ from scipy.signal import resample_poly
 from ..conversations import DataError
 from .store import Extractor
 
-# %% ../../nbs/12_speech_features.ipynb #f9358172
+# %% ../../nbs/12_speech_features.ipynb #e86cdea7
 SHORTEST = 0.1   # seconds: below it openSMILE's sets are undefined
 
 def read_audio(
@@ -35,7 +35,7 @@ def read_audio(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"its audio file {path} does not exist", "Check the path, or leave the utterance without audio.", utterance=utterance)
-    fault = lambda problem: DataError(f"{problem} ({path})", "Replace the clip, or let it count as absent (missing=\"absent\").", utterance=utterance)
+    fault = lambda problem: DataError(f"{problem} ({path})", "Mend it, or let it count as absent (missing=\"absent\").", utterance=utterance)
     try:
         with soundfile.SoundFile(path) as f:
             samples, source_rate, frames, log = f.read(dtype="float32", always_2d=True), f.samplerate, f.frames, f.extra_info   # (T, channels)
@@ -64,7 +64,7 @@ def resample(
     common = gcd(source, target)
     return resample_poly(samples, target // common, source // common).astype(np.float32)
 
-# %% ../../nbs/12_speech_features.ipynb #6a40be2a
+# %% ../../nbs/12_speech_features.ipynb #3940c6f9
 OPENSMILE_SETS = {"egemaps": ("eGeMAPSv02", 88), "is09": ("IS09", 384), "is10": ("IS10", 1582), "compare": ("ComParE_2016", 6373)}
 RATE = 16000   # samples per second that the functionals are measured at
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_write', 'Extractor', 'FeatureStore', 'extract']
 
-# %% ../../nbs/10_feature_store.ipynb #8e6bd032
+# %% ../../nbs/10_feature_store.ipynb #54a0374b
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..conversations import DataError
 
-# %% ../../nbs/10_feature_store.ipynb #c033d10f
+# %% ../../nbs/10_feature_store.ipynb #b898b629
 def atomic_write(
     path: Path|str,   # the file to write or replace; its folder exists
     data: bytes,      # the whole content
@@ -39,7 +39,7 @@ def atomic_write(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../../nbs/10_feature_store.ipynb #a4508f3c
+# %% ../../nbs/10_feature_store.ipynb #da1e56f3
 @dataclass(frozen=True)
 class Extractor:
     "What computed a row of features: its name, the revision of its weights or code, its parameters."
@@ -53,7 +53,7 @@ class Extractor:
         "16 hexadecimal digits that change with anything that changes the numbers."
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/10_feature_store.ipynb #cebc6f6c
+# %% ../../nbs/10_feature_store.ipynb #b3936dc8
 class FeatureStore:
     "A folder of float32 features by utterance id, made by one `Extractor`; opened, or begun when `extractor` is given."
     def __init__(self,
@@ -84,8 +84,8 @@ class FeatureStore:
         try:
             manifest = json.loads(self._manifest.read_bytes())
             self.extractor, self.shards = Extractor(**manifest["extractor"]), manifest["shards"]
-            self.absent = {i: why for s in self.shards for i, why in s["absent"].items()}
             self._rows = {i: (n, row) for n, s in reversed(list(enumerate(self.shards))) for row, i in enumerate(s["ids"])}
+            self.absent = {i: why for s in self.shards for i, why in s["absent"].items() if i not in self._rows}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise DataError(f"{self._manifest} is damaged ({type(e).__name__}: {e})", f"Delete {self.path} and extract again.") from e
 
@@ -185,27 +185,26 @@ class FeatureStore:
         for file in faults: (self.path/file).unlink(missing_ok=True)
         return self.missing(before)
 
-# %% ../../nbs/10_feature_store.ipynb #83292508
+# %% ../../nbs/10_feature_store.ipynb #45b08ccd
 def extract(
     store: FeatureStore,                                    # where the rows go
     items: dict[str, object],                               # utterance id -> what `compute` takes: a text, a path
     compute: Callable[[list], Iterable[np.ndarray|str]],    # inputs -> per input a row (D,), or why there is none
-    missing: str = "error",                                 # "error": why there is none is raised; "absent": it is written down
+    missing: str = "error",                                 # no row: "error" (what was told absent is tried again), or "absent"
     rows: int = 1024,                                       # rows per shard, what a stopped extraction can lose at most
     progress: bool|str = False,                             # show a progress bar (named so)
 ) -> FeatureStore:                                          # `store`, which now has every item
     "Compute the rows that `store` lacks; stopped and called again, it goes on where it was."
     if missing not in ("error", "absent"):
         raise DataError(f"missing={missing!r}", "Say 'error' or 'absent'.")
-    todo = store.missing(items)
+    todo = store.missing(items) + [i for i in items if i in store.absent and missing == "error"]
     with tqdm(total=len(todo), disable=not progress, desc=progress if isinstance(progress, str) else store.extractor.name) as bar:
         for ids in (todo[i:i + rows] for i in range(0, len(todo), rows)):
             got = dict(zip(ids, compute([items[i] for i in ids]), strict=True))
             absent = {i: r for i, r in got.items() if isinstance(r, str)}
-            if missing == "error":
-                for i, why in absent.items():
-                    raise DataError(why, "Mend the input, or ask for missing=\"absent\" to go on without it.", utterance=i)
             there = [i for i in ids if i not in absent]
-            store.add(there, np.array([got[i] for i in there], np.float32), absent)
+            store.add(there, np.array([got[i] for i in there], np.float32), absent if missing == "absent" else {})
+            for i, why in absent.items() if missing == "error" else ():
+                raise DataError(why, "Mend it, or let it count as absent (missing=\"absent\").", utterance=i)
             bar.update(len(ids))
     return store
