@@ -6,13 +6,13 @@
 __all__ = ['CORPUS', 'DATA', 'TEXT', 'SPEECH', 'VISUAL', 'RUN', 'DEVICE', 'train', 'evaluate', 'predict', 'report', 'extract',
            'download']
 
-# %% ../nbs/53_commands.ipynb #702d0a6e
+# %% ../nbs/53_commands.ipynb #b7c790fa
 import argparse, shlex, sys
 from pathlib import Path
 
 from .conversations import DataError
 
-# %% ../nbs/53_commands.ipynb #0879f086
+# %% ../nbs/53_commands.ipynb #c94a035a
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         "One line, and where to read more."
@@ -45,7 +45,7 @@ def _command(
         return main
     return wrap
 
-# %% ../nbs/53_commands.ipynb #12f7613f
+# %% ../nbs/53_commands.ipynb #d22a5353
 CORPUS = ("--corpus", dict(required=True, metavar="NAME", help="Which corpus: sample, meld, emorynlp, iemocap, mosi, or the path of your own CSV or JSONL table."))
 DATA = ("--data", dict(metavar="DIR", help="The folder that holds the corpora (meld/, iemocap/, ...) or the corpus itself. Without it, the environment variable ERC_MOE_DATA is read; the sample corpus needs none."))
 TEXT = ("--text", dict(metavar="SOURCE", help="What becomes of the words: minilm, hf:NAME for any text encoder on the Hugging Face hub (or in a local folder), an array that came with the corpus, or the path of a feature store. Without it the model reads no text."))
@@ -62,7 +62,7 @@ def _seeds(text):
         return list(range(seeds[0]))
     return [int(s) for s in seeds]
 
-# %% ../nbs/53_commands.ipynb #2585328e
+# %% ../nbs/53_commands.ipynb #8ca2a85e
 @_command("erc_moe_train", "Train a model on a corpus with several seeds, and print the result: weighted F1 of the mixture and of each expert, mean and "
           "standard deviation over seeds. Everything goes to one folder, which is enough to predict with. The same command carries on where it was stopped.",
           "erc_moe_train --model mister_e --corpus iemocap --data corpora --text minilm --speech gemaps47+prosody8 --preset cpu --seeds 3 --out runs/iemocap",
@@ -72,21 +72,22 @@ def _seeds(text):
           ("--seeds", dict(type=_seeds, default=[0, 1, 2], metavar="N", help="How many seeds (3 means 0, 1, 2), or a list with commas (default: 3).")),
           ("--out", dict(required=True, metavar="RUN", help="The run's folder. Seeds that are finished there are not trained again.")),
           ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="Change one field of the model's or the training's configuration; may be given several times. A wrong name lists the right ones.")),
-          ("--cache", dict(metavar="DIR", help="Where extracted features are kept for the next time (default: the user's cache folder).")), DEVICE)
+          ("--cache", dict(metavar="DIR", help="Where extracted features are kept for the next time (default: the user's cache folder).")),
+          ("--checkpoint-seconds", dict(type=float, default=30, metavar="S", help="The least time between two checkpoints; what a kill can cost (default: 30).")), DEVICE)
 def train(args):
-    from erc_moe.training import train as train_run
-    run = train_run(args.model, args.corpus, args.data, text=args.text, speech=args.speech, visual=args.visual, preset=args.preset, protocol=args.protocol,
-                    seeds=args.seeds, out=args.out, changes=args.set, device=args.device, cache=args.cache, command=args.command)
-    _print_result(run)
+    from erc_moe.training import runs
+    run = runs.train(args.model, args.corpus, args.data, text=args.text, speech=args.speech, visual=args.visual, preset=args.preset, protocol=args.protocol,
+                     seeds=args.seeds, out=args.out, changes=args.set, device=args.device, cache=args.cache, checkpoint_seconds=args.checkpoint_seconds, command=args.command)
+    if runs.first_process(): _print_result(run)
 
 def _print_result(run):
-    from erc_moe.training.runs import result_table
+    from erc_moe.training.results import result_table
     s = run.summary
     print(f"\n{s['model']} on {s['corpus']}, preset {s['preset']}, {len(run.seeds)} seed{'s' if len(run.seeds) > 1 else ''}, {s['selection']}")
     print(result_table(s).to_string())
     print(f"weighted F1 in percent, mean ± standard deviation over seeds; 95 %: bootstrap over conversations. All in {run.folder}")
 
-# %% ../nbs/53_commands.ipynb #35c38e24
+# %% ../nbs/53_commands.ipynb #173e5cf3
 @_command("erc_moe_evaluate", "Score the saved models of a run again, on the corpus they were trained on or on another one with the same labels, and print "
           "the result per split and per class.",
           "erc_moe_evaluate runs/iemocap --data corpora",
@@ -95,19 +96,21 @@ def _print_result(run):
           ("--out", dict(metavar="FILE", help="Write the figures to this JSON file too.")))
 def evaluate(args):
     import pandas as pd
-    from erc_moe.training.runs import Run, percent, write_json
+    from erc_moe.training import Run
+    from erc_moe.training.results import percent, write_json
     from erc_moe.corpora import load_corpus
     run = Run(args.run)
     scored = run.evaluate(load_corpus(args.corpus or run.summary["corpus"], args.data), tuple(args.split or ("validation", "test")))
-    rows = {name: {s: percent((f if name == "mixture" else f["experts"][name])["weighted_f1"]) for s, f in scored.items()}
-            for name in ("mixture", *next(iter(scored.values())).get("experts", {}))}
+    whole = "mixture" if "experts" in next(iter(scored.values())) else "model"
+    rows = {name: {s: percent((f if name == whole else f["experts"][name])["weighted_f1"]) for s, f in scored.items()}
+            for name in (whole, *next(iter(scored.values())).get("experts", {}))}
     print(f"{run.summary['model']} trained on {run.summary['corpus']}, seeds {', '.join(map(str, run.seeds))}: weighted F1 in percent")
     print(pd.DataFrame(rows).T.to_string())
     print("\nper class F1")
     print(pd.DataFrame({s: {l: percent(x) for l, x in f["per_class_f1"].items()} for s, f in scored.items()}).to_string())
     if args.out: write_json(Path(args.out), scored)
 
-# %% ../nbs/53_commands.ipynb #a8cce0e4
+# %% ../nbs/53_commands.ipynb #0a7c907f
 @_command("erc_moe_predict", "Say which emotion every utterance of your conversations has. The table needs the columns conversation, speaker and text, and "
           "audio (a path relative to the table) if the model listens; a label column may be there and is passed through.",
           "erc_moe_predict runs/meld conversation.csv --out predictions.csv",
@@ -125,7 +128,7 @@ def predict(args):
     if len(table) > len(shown): print(f"... and {len(table) - len(shown)} more utterances")
     if args.out: print(f"written to {predictions.write(args.out)}")
 
-# %% ../nbs/53_commands.ipynb #21e42b36
+# %% ../nbs/53_commands.ipynb #cef4536b
 @_command("erc_moe_report", "Write a page with the pictures of a run: results, training curves, confusion, per class, gate weights, reliability, and "
           "test conversations turn by turn. It is one HTML file that needs nothing beside it.",
           "erc_moe_report runs/iemocap", RUN)

@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'SELECTION', 'ConversationTensors', 'epoch_seed', 'TrainingConfig', 'epoch_batches', 'Scores', 'score',
            'Best', 'Fitted', 'fit']
 
-# %% ../../nbs/42_training.ipynb #04b4d4db
+# %% ../../nbs/42_training.ipynb #6ff5000e
 import json, math, os, time
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..conversations import Conversation, ConversationBatch, DataError, collate
 from ..evaluation import conversation_counts, weighted_f1
 
-# %% ../../nbs/42_training.ipynb #490a6dc7
+# %% ../../nbs/42_training.ipynb #0d5ee807
 class ConversationTensors:
     "A split's conversations as flat tensors on one device, from which any batch is one gather."
     def __init__(self,
@@ -78,7 +78,7 @@ class ConversationTensors:
         batches, size = self.lengths.argsort(stable=True).split(64), len(self.labels) - 1
         return [(b := self.batch(index), self.rows(index).to(self.device)[b.mask]) for index in batches] if size else []
 
-# %% ../../nbs/42_training.ipynb #ce231db5
+# %% ../../nbs/42_training.ipynb #e9794524
 def epoch_seed(
     seed: int,          # of the run
     epoch: int,         # 1, 2, ...; 0 initialises the model
@@ -87,7 +87,7 @@ def epoch_seed(
     "The number that all randomness of one epoch comes from."
     return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../../nbs/42_training.ipynb #225258a5
+# %% ../../nbs/42_training.ipynb #cb2a550f
 CHOICES = dict(optimizer=("adamw", "adam"), schedule=("constant", "cosine"), class_weights=("none", "inverse_frequency"),
                precision=("no", "bf16"))
 
@@ -123,7 +123,7 @@ class TrainingConfig:
         if step < begin: return self.lr*(step + 1)/(begin + 1)
         return self.lr if self.schedule == "constant" else self.lr*0.5*(1 + math.cos(math.pi*(step - begin)/max(1, steps - begin)))
 
-# %% ../../nbs/42_training.ipynb #14e70b59
+# %% ../../nbs/42_training.ipynb #121a2cac
 def epoch_batches(
     lengths: Tensor,                 # int64 (conversations,)
     batch_size: int,
@@ -137,7 +137,7 @@ def epoch_batches(
     batches = [b for window in order.split(8*batch_size) for b in window[lengths[window].argsort(stable=True)].split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-# %% ../../nbs/42_training.ipynb #98b3991e
+# %% ../../nbs/42_training.ipynb #c523599e
 @dataclass
 class Scores:
     "What a model says about M utterances, in the order of the conversations."
@@ -165,7 +165,7 @@ def score(
     logits, *rest = [torch.empty_like(x := torch.cat(columns).cpu()).index_copy_(0, rows, x) for columns in zip(*parts)]
     return Scores(logits, dict(zip(out.experts, rest)), None if out.gate is None else rest[-1])
 
-# %% ../../nbs/42_training.ipynb #760cd3b0
+# %% ../../nbs/42_training.ipynb #9b439d67
 SELECTION = {"strict": "validation", "paper": "test"}
 
 class _Objective(nn.Module):
@@ -199,7 +199,7 @@ def _accelerator(precision, device):
     AcceleratorState._reset_state(reset_partial_state=True)    # accelerate keeps a process's first configuration, a later training may have another
     return Accelerator(mixed_precision=precision, cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
-# %% ../../nbs/42_training.ipynb #1a5241c2
+# %% ../../nbs/42_training.ipynb #6a5609a8
 def fit(
     model: nn.Module,                   # keeps the contract; trained in place, left with the weights that the protocol chose
     corpus,                             # with features attached and splits "train", "validation", "test"
@@ -228,8 +228,8 @@ def fit(
         model.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"])
         if average: average.load_state_dict(state["average"])
         fitted, begin = Fitted(state["log"], {s: Best(**b) for s, b in state["best"].items()}, state["seconds"]), len(state["log"]) + 1
-    bar = tqdm(total=config.epochs, initial=begin - 1, desc=f"seed {seed}", unit="epoch", disable=not (progress and accelerator.is_main_process),
-               bar_format="{desc}: {bar:20} epoch {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}")
+    bar = tqdm(total=config.epochs, initial=begin - 1, desc=f"seed {seed}", disable=not (progress and accelerator.is_main_process),
+               bar_format="{bar:20} epoch {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}")
     for epoch in range(begin, config.epochs + 1):
         if config.patience and epoch - 1 - fitted.best["validation"].epoch >= config.patience: break
         started = time.monotonic()
@@ -259,7 +259,7 @@ def fit(
                 fitted.best[s] = Best(epoch, entry[s]["mixture"], {k: v.detach().cpu().clone() for k, v in judged.state_dict().items()})
         fitted.log.append(entry); fitted.seconds += entry["seconds"]
         chosen = fitted.best[SELECTION[protocol]]
-        bar.set_postfix_str(f"{SELECTION[protocol]} F1 {entry[SELECTION[protocol]]['mixture']:.3f}, best {chosen.weighted_f1:.3f} at {chosen.epoch}", False)
+        bar.set_description_str(f"seed {seed}: {SELECTION[protocol]} F1 {entry[SELECTION[protocol]]['mixture']:.3f}, best {chosen.weighted_f1:.3f} at {chosen.epoch}", False)
         bar.update()
         if out and accelerator.is_main_process:
             _write(Path(out)/"log.jsonl", lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in fitted.log)))

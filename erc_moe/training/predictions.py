@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Predictions']
 
-# %% ../../nbs/45_predictions.ipynb #222208f6
+# %% ../../nbs/45_predictions.ipynb #a8a71919
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..conversations import Conversation, DataError, conversation_table, label_indices
 from .loop import Scores
 
-# %% ../../nbs/45_predictions.ipynb #b3ec26b9
+# %% ../../nbs/45_predictions.ipynb #ba70054e
 @dataclass
 class Predictions:
     "Class probabilities of M utterances, with what the experts and the gate said."

@@ -1,0 +1,197 @@
+"The commands, as a user meets them: in processes of their own, killed in the middle, with mistakes."
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from erc_moe import cli
+from erc_moe.training import Run
+
+COMMANDS = ["train", "evaluate", "predict", "report", "extract", "download"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "A corpus of one's own: a CSV file and features beside it."
+    path = tmp_path_factory.mktemp("own")/"talk.csv"
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(3, 5))
+    rows, words = [], []
+    for split, n in (("train", 12), ("validation", 4), ("test", 5)):
+        for i in range(n):
+            for j in range(rng.integers(3, 8)):
+                y = int(rng.integers(3))
+                rows.append(dict(conversation=f"{split}{i}", speaker="AB"[j % 2], text=f"turn {j}", label=["neutral", "joy", "anger"][y], split=split))
+                words.append(means[y] + 0.7*rng.normal(size=5))
+    pd.DataFrame(rows).to_csv(path, index=False)
+    np.save(path.with_suffix(".words.npy"), np.array(words, np.float32))
+    np.save(path.with_suffix(".voice.npy"), np.array(words, np.float32)[:, :2] + 1)
+    return path
+
+
+def training(table, out, *more):
+    return ["--corpus", str(table), "--text", "words", "--speech", "voice", "--seeds", "2", "--set", "epochs=4", "--set", "hidden=8", "--device", "cpu", "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def run(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")/"own"
+    assert cli.train(training(table, out)) == 0
+    return out
+
+
+def command(name, *args, **kwargs):
+    return subprocess.Popen([sys.executable, "-c", f"import sys; from erc_moe.cli import {name}; sys.exit({name}())", *map(str, args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_every_command_is_installed_under_its_name():
+    config = ConfigParser(delimiters=["="])
+    config.read(Path(__file__).parent.parent/"settings.ini", encoding="utf-8")
+    scripts = dict(s.split("=") for s in config["DEFAULT"]["console_scripts"].split())
+    assert sorted(scripts) == sorted(f"erc_moe_{c}" for c in COMMANDS)
+    for target in scripts.values():
+        module, function = target.split(":")
+        assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_in_sentences(name, capsys):
+    with pytest.raises(SystemExit) as stopped: getattr(cli, name)(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"erc_moe_{name}" in text and "Example:" in text
+    options = re.split(r"\n  (?=-|[a-z]+ )", text[text.index("options:"):])[2:]
+    assert all("." in o for o in options), "an option's help is a sentence"
+
+
+def test_help_is_quick():
+    "Nothing heavy is imported before the arguments are good."
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "from erc_moe.cli import train; train(['--help'])"], capture_output=True, text=True)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "erc_moe.training" not in imported and "transformers" not in imported
+
+
+def test_train_prints_the_table_and_writes_the_summary(run, table, capsys):
+    assert cli.train(training(table, run)) == 0
+    out = capsys.readouterr().out
+    summary = json.loads((run/"summary.json").read_text())
+    for name in ("mixture", "speech", "text", "multimodal"): assert name in out
+    assert f"{100*summary['test']['weighted_f1']['mean']:.1f} ± " in out
+    assert summary["command"].startswith("erc_moe_train --corpus") and summary["config"]["model"]["hidden"] == 8
+
+
+def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
+    args = lambda out: training(table, out, "--seeds", "1", "--set", "epochs=25", "--checkpoint-seconds", "0")
+    process = command("train", *args(tmp_path/"killed"))
+    log, checkpoint = tmp_path/"killed"/"seed-0"/"log.jsonl", tmp_path/"killed"/"seed-0"/"checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not (checkpoint.exists() and log.exists() and len(log.read_text().splitlines()) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path/"killed"/"summary.json").exists() and checkpoint.exists()
+    again, whole = command("train", *args(tmp_path/"killed")), command("train", *args(tmp_path/"whole"))
+    for p in (again, whole):
+        _, err = p.communicate(timeout=300)
+        assert p.returncode == 0, err
+    killed, whole = Run(tmp_path/"killed"), Run(tmp_path/"whole")
+    a, b = killed.model().state_dict(), whole.model().state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert killed.summary["test"] == whole.summary["test"]
+
+
+def test_two_processes_train_one_model(table, tmp_path):
+    script = tmp_path/"train.py"
+    script.write_text(f"import sys; from erc_moe.cli import train; sys.exit(train({training(table, tmp_path/'two', '--seeds', '1')!r}))")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Run(tmp_path/"two").summary["test"]["weighted_f1"]["mean"] > 0.2
+    assert done.stdout.count("mister_e on talk") == 1, "one process reports"
+
+
+def test_evaluate(run, table, capsys, tmp_path):
+    assert cli.evaluate([str(run), "--corpus", str(table), "--split", "test", "--out", str(tmp_path/"again.json")]) == 0
+    assert "per class F1" in capsys.readouterr().out
+    again, summary = json.loads((tmp_path/"again.json").read_text()), json.loads((run/"summary.json").read_text())
+    assert again["test"]["confusion"] == summary["test"]["confusion"]
+
+
+def test_predict(run, table, tmp_path, capsys):
+    new = tmp_path/"new.csv"
+    rows = pd.read_csv(table).query("split == 'test'")
+    rows[["conversation", "speaker", "text"]].to_csv(new, index=False)
+    for name in ("words", "voice"): np.save(new.with_suffix(f".{name}.npy"), np.load(table.with_suffix(f".{name}.npy"))[rows.index])
+    assert cli.predict([str(run), str(new), "--seed", "1", "--out", str(tmp_path/"out.csv")]) == 0
+    assert "predicted" in capsys.readouterr().out
+    got, saved = pd.read_csv(tmp_path/"out.csv"), Run(run).predictions(1)
+    assert got.predicted.tolist() == saved.predicted.tolist() and np.allclose(got.confidence, saved.confidence, atol=2e-4)
+    assert {"p_joy", "expert_speech", "expert_text", "expert_multimodal", "gate_text"} <= set(got.columns)
+    assert cli.predict([str(run), str(new), "--without", "speech", "--out", str(tmp_path/"deaf.jsonl")]) == 0
+    deaf = pd.read_json(tmp_path/"deaf.jsonl", lines=True)
+    assert (deaf.gate_speech == 0).all()
+    new.with_suffix(".voice.npy").unlink()
+    assert cli.predict([str(run), str(new)]) == 1
+    assert "voice" in capsys.readouterr().err
+
+
+def test_features_of_another_width(run, table, tmp_path, capsys):
+    new = tmp_path/"new.csv"
+    pd.read_csv(table)[["conversation", "speaker", "text"]].to_csv(new, index=False)
+    np.save(new.with_suffix(".words.npy"), np.zeros((len(pd.read_csv(new)), 7), np.float32))
+    np.save(new.with_suffix(".voice.npy"), np.load(table.with_suffix(".voice.npy")))
+    assert cli.predict([str(run), str(new)]) == 1
+    assert re.search(r"7 wide.*trained with 5", capsys.readouterr().err)
+
+
+def test_report(run, capsys):
+    assert cli.report([str(run)]) == 0
+    page = (run/"report"/"index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 9
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+
+
+def test_extract_and_use(table, tmp_path, capsys):
+    if subprocess.run([sys.executable, "-c", "from erc_moe.features.text import minilm_folder; minilm_folder()"], capture_output=True).returncode:
+        pytest.skip("the offline MiniLM package is not installed")
+    assert cli.extract(["--corpus", str(table), "--text", "minilm", "--out", str(tmp_path/"store")]) == 0
+    assert cli.train(["--corpus", str(table), "--text", str(tmp_path/"store"), "--seeds", "1", "--set", "epochs=1", "--out", str(tmp_path/"run")]) == 0
+    assert json.loads((tmp_path/"run"/"summary.json").read_text())["features"]["widths"] == {"text": 384}
+
+
+@pytest.mark.parametrize("name,args,status,message", [
+    ("train", ["--corpus", "sample"], 2, "--out"),
+    ("train", ["--corpus", "sample", "--out", "x", "--seeds", "none"], 2, "neither a number of seeds nor a list"),
+    ("train", ["--corpus", "sample", "--out", "x", "--protocol", "lucky"], 2, "invalid choice"),
+    ("train", ["--corpus", "simple", "--out", "x", "--text", "minilm"], 1, "The corpora are sample, meld"),
+    ("train", ["--corpus", "meld", "--data", "nowhere", "--out", "x", "--text", "minilm"], 1, "nowhere"),
+    ("train", ["--corpus", "sample", "--out", "x"], 1, "no features were asked for"),
+    ("train", ["--corpus", "sample", "--out", "x", "--text", "nothing"], 1, "unknown feature source 'nothing'"),
+    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--model", "misty"], 1, "The models are mister_e"),
+    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--preset", "huge"], 1, "It has paper, cpu"),
+    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "speed=1"], 1, "one of these names: epochs"),
+    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "epochs=0"], 1, "epochs is 0"),
+    ("evaluate", ["nowhere"], 1, "holds no summary.json"),
+    ("predict", ["nowhere", "talk.csv"], 1, "holds no summary.json"),
+    ("report", ["nowhere"], 1, "holds no summary.json"),
+    ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give either --text or --speech"),
+    ("download", ["iemocap", "--out", "x"], 1, "not openly downloadable")])
+def test_mistakes_end_with_one_line(name, args, status, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try: got = getattr(cli, name)(args)
+    except SystemExit as e: got = e.code
+    err = capsys.readouterr().err.strip()
+    assert got == status and message in err and err.splitlines()[-1].startswith(f"erc_moe_{name}: ") and "Traceback" not in err
+    assert not (tmp_path/"x"/"summary.json").exists()
