@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #e94abac8
+# %% ../../nbs/13_feature_pipeline.ipynb #358c162e
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #c92f7bcd
+# %% ../../nbs/13_feature_pipeline.ipynb #75676a5d
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, bool]]:       # per term: its name, and whether it is taken relative to the conversation
@@ -37,7 +37,7 @@ def parse_source(
         terms.append((name, bool(at)))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #3866598b
+# %% ../../nbs/13_feature_pipeline.ipynb #2c029c00
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -57,7 +57,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #e18e4d24
+# %% ../../nbs/13_feature_pipeline.ipynb #23d4f976
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -66,7 +66,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #a1699169
+# %% ../../nbs/13_feature_pipeline.ipynb #43720773
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -104,9 +104,10 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
         there = [u for u in ids if u in keys and u not in broken]
         present, values = np.isin(ids, there), np.full((len(ids), e.width), np.nan, np.float32)       # (N,), (N, D)
         values[present] = store.lookup([keys[u] for u in there])[0]
-    told = [f"{e.name}, clips that cannot be used: {len(broken)} ({some(f'{u}: {why}' for u, why in broken.items())}); counted as not observed."] if broken else []
-    if len(inputs) < len(ids): told.append(f"{e.name}, utterances without what it is computed from: {len(ids) - len(inputs)}; counted as not observed.")
-    return _Rows(values, present, asdict(e), _digest([(u, keys.get(u)) for u in ids]), told)
+    why = some(f"{u}: {reason}" for u, reason in broken.items())
+    told = [(len(broken), f"{e.name}, clips that cannot be used: {len(broken)} ({why}); counted as not observed."),
+            (n := len(ids) - len(inputs), f"{e.name}, utterances without what it is computed from: {n}; counted as not observed.")]
+    return _Rows(values, present, asdict(e), _digest([(u, keys.get(u)) for u in ids]), [t for met, t in told if met])
 
 def _given(name, values, present, ids):
     "Rows of a table that somebody else computed."
@@ -144,7 +145,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #5723028b
+# %% ../../nbs/13_feature_pipeline.ipynb #8282ab40
 @dataclass
 class Part:
     "One fitted term of a source."
@@ -211,8 +212,9 @@ class FeaturePipeline:
                 rows = _rows(p.source, p.kind, utterances, arrays, cache is not False and cache_folder(cache), self.missing, progress)
                 self._check(p, rows)
                 far = np.flatnonzero((np.abs((rows.values - p.mean) / p.std) > self.clip).any(1))
-                if len(far): rows.told.append(f"{p.source}, utterances with a measure over {self.clip:g} standard deviations from the training "
-                                              f"mean: {len(far)} ({some(utterances[i].id for i in far)}); cut there.")
+                if len(far):
+                    rows.told.append(f"{p.source}, utterances with a measure over {self.clip:g} standard deviations from the "
+                                     f"training mean: {len(far)} ({some(utterances[i].id for i in far)}); cut there.")
                 z = scale(rows.values, p.mean, p.std, self.clip)                                    # (N, D_i)
                 if p.relative: z = np.nan_to_num(relative_to_conversation(np.where(np.isnan(rows.values), np.nan, z), ends))
                 values.append(z)

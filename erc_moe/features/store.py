@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_write', 'Extractor', 'FeatureStore', 'extract']
 
-# %% ../../nbs/10_feature_store.ipynb #54a0374b
+# %% ../../nbs/10_feature_store.ipynb #f959b9bd
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..conversations import DataError
 
-# %% ../../nbs/10_feature_store.ipynb #b898b629
+# %% ../../nbs/10_feature_store.ipynb #9912e6e8
 def atomic_write(
     path: Path|str,   # the file to write or replace; its folder exists
     data: bytes,      # the whole content
@@ -39,7 +39,7 @@ def atomic_write(
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../../nbs/10_feature_store.ipynb #da1e56f3
+# %% ../../nbs/10_feature_store.ipynb #e5d490f3
 @dataclass(frozen=True)
 class Extractor:
     "What computed a row of features: its name, the revision of its weights or code, its parameters."
@@ -53,7 +53,7 @@ class Extractor:
         "16 hexadecimal digits that change with anything that changes the numbers."
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/10_feature_store.ipynb #b3936dc8
+# %% ../../nbs/10_feature_store.ipynb #2e2443cd
 class FeatureStore:
     "A folder of float32 features by utterance id, made by one `Extractor`; opened, or begun when `extractor` is given."
     def __init__(self,
@@ -93,7 +93,8 @@ class FeatureStore:
     def __contains__(self, id: str) -> bool: return id in self._rows or id in self.absent
     def __repr__(self):
         e = self.extractor
-        return f"FeatureStore({self.path.name}: {len(self)} x {e.width} of {e.name} {e.revision[:12]}, {len(self.absent)} absent, {len(self.shards)} shards)"
+        return (f"FeatureStore({self.path.name}: {len(self)} x {e.width} of {e.name} {e.revision[:12]}, "
+                f"{len(self.absent)} absent, {len(self.shards)} shards)")
 
     @property
     def ids(self) -> list[str]:
@@ -185,7 +186,7 @@ class FeatureStore:
         for file in faults: (self.path/file).unlink(missing_ok=True)
         return self.missing(before)
 
-# %% ../../nbs/10_feature_store.ipynb #45b08ccd
+# %% ../../nbs/10_feature_store.ipynb #dc70e3a6
 def extract(
     store: FeatureStore,                                    # where the rows go
     items: dict[str, object],                               # utterance id -> what `compute` takes: a text, a path
