@@ -208,7 +208,7 @@ def make_corpus(seed=0, absent=0.2):
     return Corpus("made", labels, splits, arrays={"m": FeatureTable("m", [i for i, k in zip(ids, kept) if k], values[kept])})
 
 
-SOURCE = {"speech": "m+m@conversation"}
+SOURCE = {"speech": "m"}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -224,7 +224,7 @@ def test_features_say_what_they_were_made_from():
     corpus, hashes = make_corpus(), set()
     table = corpus.arrays["m"]
     other = replace(table, values=np.where(np.arange(len(table.ids))[:, None] == 3, table.values + 1, table.values))
-    for source, c, clip in ((SOURCE, corpus, 10), ({"speech": "m"}, corpus, 10), (SOURCE, corpus, 5), (SOURCE, make_corpus(1), 10),
+    for source, c, clip in ((SOURCE, corpus, 10), ({"speech": "m@corpus"}, corpus, 10), (SOURCE, corpus, 5), (SOURCE, make_corpus(1), 10),
                             (SOURCE, replace(corpus, arrays={"m": other}), 10)):
         hashes.add(FeaturePipeline(source, clip=clip).fit(c, cache=False).feature_hash)
     assert len(hashes) == 5
@@ -274,7 +274,7 @@ def test_the_broken_clips_of_meld_do_not_reach_the_model():
     if "ERC_MOE_DATA" not in os.environ: pytest.skip("needs MELD: set ERC_MOE_DATA to a folder that holds meld/")
     from erc_moe.corpora import load_corpus
     corpus = load_corpus("meld")
-    ready = FeaturePipeline({"speech": "prosody8"}).fit(corpus, cache=False).apply(corpus, cache=False)
+    ready = FeaturePipeline({"speech": "prosody8@corpus"}).fit(corpus, cache=False).apply(corpus, cache=False)
     speech, present = (np.concatenate([getattr(c, k)["speech"] for c in ready.conversations]) for k in ("features", "present"))
     assert speech.shape == (13708, 8) and np.isfinite(speech).all() and np.abs(speech).max() <= 10
     train = np.concatenate([c.features["speech"] for c in ready.splits["train"]])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #358c162e
+# %% ../../nbs/13_feature_pipeline.ipynb #f969bae6
 import hashlib
 import json
 import os
@@ -24,20 +24,21 @@ from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #75676a5d
+# %% ../../nbs/13_feature_pipeline.ipynb #a62f8ae7
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
-) -> list[tuple[str, bool]]:       # per term: its name, and whether it is taken relative to the conversation
+) -> list[tuple[str, str]]:        # per term: its name, and "corpus", "conversation", or "" where none is written
     "The terms of a source as it is written on the command line."
     terms = []
     for term in spec.split("+"):
         name, at, scope = term.strip().partition("@")
-        if not name or (at and scope != "conversation"):
-            raise DataError(f"the source {spec!r} cannot be read", "Write names joined by '+', each with '@conversation' after it or not.")
-        terms.append((name, bool(at)))
+        if not name or (at and scope not in ("corpus", "conversation")):
+            raise DataError(f"the source {spec!r} cannot be read",
+                            "Write names joined by '+', each with '@corpus' or '@conversation' after it or neither.")
+        terms.append((name, scope))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #2c029c00
+# %% ../../nbs/13_feature_pipeline.ipynb #06243c16
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -57,7 +58,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #23d4f976
+# %% ../../nbs/13_feature_pipeline.ipynb #98b1a0bf
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -66,7 +67,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #43720773
+# %% ../../nbs/13_feature_pipeline.ipynb #41b6a2b1
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -145,7 +146,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #8282ab40
+# %% ../../nbs/13_feature_pipeline.ipynb #c70fd338
 @dataclass
 class Part:
     "One fitted term of a source."
@@ -184,13 +185,15 @@ class FeaturePipeline:
         utterances, train = [u for c in corpus.conversations for u in c.utterances], sum(map(len, corpus.splits["train"]))
         content, self.parts = [], {}
         for modality, spec in self.sources.items():
-            for source, relative in parse_source(spec):
+            for source, scope in parse_source(spec):
                 kind = _kind(source, corpus.arrays)
                 rows = _rows(source, kind, utterances, corpus.arrays, cache is not False and cache_folder(cache), self.missing, progress)
                 if not rows.present[:train].any():
                     raise DataError(f"no training utterance has {modality!r} features from {source!r}", "Choose a source that the corpus has.")
-                self.parts.setdefault(modality, []).append(Part(source, kind, relative, rows.identity, *fit_scale(rows.values[:train])))
-                content.append([modality, source, relative, rows.identity, rows.content])
+                heard = modality == "speech" and kind in ("opensmile", "array")
+                for relative in [scope == "conversation"] if scope else [False, True] if heard else [False]:
+                    self.parts.setdefault(modality, []).append(Part(source, kind, relative, rows.identity, *fit_scale(rows.values[:train])))
+                    content.append([modality, source, relative, rows.identity, rows.content])
         self.feature_hash = _digest(content, float(self.clip))
         return self
 
