@@ -6,13 +6,13 @@
 __all__ = ['CORPUS', 'DATA', 'TEXT', 'SPEECH', 'VISUAL', 'RUN', 'DEVICE', 'train', 'evaluate', 'predict', 'report', 'extract',
            'download']
 
-# %% ../nbs/53_commands.ipynb #b7c790fa
+# %% ../nbs/53_commands.ipynb #f692b9b9
 import argparse, shlex, sys
 from pathlib import Path
 
 from .conversations import DataError
 
-# %% ../nbs/53_commands.ipynb #c94a035a
+# %% ../nbs/53_commands.ipynb #bcf1ad2a
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         "One line, and where to read more."
@@ -45,7 +45,7 @@ def _command(
         return main
     return wrap
 
-# %% ../nbs/53_commands.ipynb #d22a5353
+# %% ../nbs/53_commands.ipynb #5f6035d5
 CORPUS = ("--corpus", dict(required=True, metavar="NAME", help="Which corpus: sample, meld, emorynlp, iemocap, mosi, or the path of your own CSV or JSONL table."))
 DATA = ("--data", dict(metavar="DIR", help="The folder that holds the corpora (meld/, iemocap/, ...) or the corpus itself. Without it, the environment variable ERC_MOE_DATA is read; the sample corpus needs none."))
 TEXT = ("--text", dict(metavar="SOURCE", help="What becomes of the words: minilm, hf:NAME for any text encoder on the Hugging Face hub (or in a local folder), an array that came with the corpus, or the path of a feature store. Without it the model reads no text."))
@@ -55,21 +55,21 @@ RUN = ("run", dict(metavar="RUN", help="A folder that erc_moe_train wrote."))
 DEVICE = ("--device", dict(choices=["auto", "cpu"], default="auto", help="Where to compute: auto takes the GPU if there is one (several with accelerate launch), cpu never does."))
 
 def _seeds(text):
-    try: seeds = [int(s) for s in text.split(",")]
+    try: seeds = [int(s) for s in text.split(",") if s]
     except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seeds nor a list of seeds") from None
     if len(seeds) == 1 and "," not in text:
         if seeds[0] < 1: raise argparse.ArgumentTypeError("at least one seed is needed")
         return list(range(seeds[0]))
-    return [int(s) for s in seeds]
+    return seeds
 
-# %% ../nbs/53_commands.ipynb #8ca2a85e
+# %% ../nbs/53_commands.ipynb #5cab6c8f
 @_command("erc_moe_train", "Train a model on a corpus with several seeds, and print the result: weighted F1 of the mixture and of each expert, mean and "
           "standard deviation over seeds. Everything goes to one folder, which is enough to predict with. The same command carries on where it was stopped.",
           "erc_moe_train --model mister_e --corpus iemocap --data corpora --text minilm --speech gemaps47+prosody8 --preset cpu --seeds 3 --out runs/iemocap",
           ("--model", dict(default="mister_e", metavar="NAME", help="Which model (default: mister_e).")), CORPUS, DATA, TEXT, SPEECH, VISUAL,
           ("--preset", dict(default="cpu", metavar="NAME", help="The model's size and how it is trained: cpu is small and meant for two cores, paper is the published configuration (default: cpu).")),
           ("--protocol", dict(choices=["strict", "paper"], default="strict", help="Which epoch counts: strict takes the best on validation and scores test once; paper takes the best on test, as much released code does, and is labelled test-selected (default: strict).")),
-          ("--seeds", dict(type=_seeds, default=[0, 1, 2], metavar="N", help="How many seeds (3 means 0, 1, 2), or a list with commas (default: 3).")),
+          ("--seeds", dict(type=_seeds, default=[0, 1, 2], metavar="N", help="How many seeds (3 means 0, 1, 2), or a list with commas (0,2 or 7, for the seed 7 alone; default: 3).")),
           ("--out", dict(required=True, metavar="RUN", help="The run's folder. Seeds that are finished there are not trained again.")),
           ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="Change one field of the model's or the training's configuration; may be given several times. A wrong name lists the right ones.")),
           ("--cache", dict(metavar="DIR", help="Where extracted features are kept for the next time (default: the user's cache folder).")),
@@ -87,7 +87,7 @@ def _print_result(run):
     print(result_table(s).to_string())
     print(f"weighted F1 in percent, mean ± standard deviation over seeds; 95 %: bootstrap over conversations. All in {run.folder}")
 
-# %% ../nbs/53_commands.ipynb #173e5cf3
+# %% ../nbs/53_commands.ipynb #e202a3b3
 @_command("erc_moe_evaluate", "Score the saved models of a run again, on the corpus they were trained on or on another one with the same labels, and print "
           "the result per split and per class.",
           "erc_moe_evaluate runs/iemocap --data corpora",
@@ -110,7 +110,7 @@ def evaluate(args):
     print(pd.DataFrame({s: {l: percent(x) for l, x in f["per_class_f1"].items()} for s, f in scored.items()}).to_string())
     if args.out: write_json(Path(args.out), scored)
 
-# %% ../nbs/53_commands.ipynb #0a7c907f
+# %% ../nbs/53_commands.ipynb #4483828b
 @_command("erc_moe_predict", "Say which emotion every utterance of your conversations has. The table needs the columns conversation, speaker and text, and "
           "audio (a path relative to the table) if the model listens; a label column may be there and is passed through.",
           "erc_moe_predict runs/meld conversation.csv --out predictions.csv",
@@ -128,7 +128,7 @@ def predict(args):
     if len(table) > len(shown): print(f"... and {len(table) - len(shown)} more utterances")
     if args.out: print(f"written to {predictions.write(args.out)}")
 
-# %% ../nbs/53_commands.ipynb #cef4536b
+# %% ../nbs/53_commands.ipynb #ea06c73e
 @_command("erc_moe_report", "Write a page with the pictures of a run: results, training curves, confusion, per class, gate weights, reliability, and "
           "test conversations turn by turn. It is one HTML file that needs nothing beside it.",
           "erc_moe_report runs/iemocap", RUN)

@@ -163,6 +163,15 @@ def test_report(run, capsys):
     assert "http://" not in page and "https://" not in page and "<script" not in page
 
 
+def test_a_test_selected_result_says_so_everywhere(table, tmp_path, capsys):
+    assert cli.train(training(table, tmp_path/"paper", "--protocol", "paper", "--seeds", "7,")) == 0
+    out = capsys.readouterr().out
+    assert out.count("test-selected") == 5 and out.count(" strict ") == 4      # the heading; a row for the mixture and each expert
+    assert cli.report([str(tmp_path/"paper")]) == 0
+    assert "test-selected" in (tmp_path/"paper"/"report"/"index.html").read_text(encoding="utf-8")
+    assert Run(tmp_path/"paper").seeds == [7]
+
+
 def test_extract_and_use(table, tmp_path, capsys):
     if subprocess.run([sys.executable, "-c", "from erc_moe.features.text import minilm_folder; minilm_folder()"], capture_output=True).returncode:
         pytest.skip("the offline MiniLM package is not installed")

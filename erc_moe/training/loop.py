@@ -6,7 +6,7 @@
 __all__ = ['CHOICES', 'SELECTION', 'ConversationTensors', 'epoch_seed', 'TrainingConfig', 'epoch_batches', 'Scores', 'score',
            'Best', 'Fitted', 'fit']
 
-# %% ../../nbs/42_training.ipynb #6ff5000e
+# %% ../../nbs/42_training.ipynb #6eb0376b
 import json, math, os, time
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..conversations import Conversation, ConversationBatch, DataError, collate
 from ..evaluation import conversation_counts, weighted_f1
 
-# %% ../../nbs/42_training.ipynb #0d5ee807
+# %% ../../nbs/42_training.ipynb #a9956c10
 class ConversationTensors:
     "A split's conversations as flat tensors on one device, from which any batch is one gather."
     def __init__(self,
@@ -78,7 +78,7 @@ class ConversationTensors:
         batches, size = self.lengths.argsort(stable=True).split(64), len(self.labels) - 1
         return [(b := self.batch(index), self.rows(index).to(self.device)[b.mask]) for index in batches] if size else []
 
-# %% ../../nbs/42_training.ipynb #e9794524
+# %% ../../nbs/42_training.ipynb #87362b1b
 def epoch_seed(
     seed: int,          # of the run
     epoch: int,         # 1, 2, ...; 0 initialises the model
@@ -87,7 +87,7 @@ def epoch_seed(
     "The number that all randomness of one epoch comes from."
     return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../../nbs/42_training.ipynb #cb2a550f
+# %% ../../nbs/42_training.ipynb #2ad250a6
 CHOICES = dict(optimizer=("adamw", "adam"), schedule=("constant", "cosine"), class_weights=("none", "inverse_frequency"),
                precision=("no", "bf16"))
 
@@ -123,7 +123,7 @@ class TrainingConfig:
         if step < begin: return self.lr*(step + 1)/(begin + 1)
         return self.lr if self.schedule == "constant" else self.lr*0.5*(1 + math.cos(math.pi*(step - begin)/max(1, steps - begin)))
 
-# %% ../../nbs/42_training.ipynb #121a2cac
+# %% ../../nbs/42_training.ipynb #ccb5b606
 def epoch_batches(
     lengths: Tensor,                 # int64 (conversations,)
     batch_size: int,
@@ -137,7 +137,7 @@ def epoch_batches(
     batches = [b for window in order.split(8*batch_size) for b in window[lengths[window].argsort(stable=True)].split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-# %% ../../nbs/42_training.ipynb #c523599e
+# %% ../../nbs/42_training.ipynb #8ca2563e
 @dataclass
 class Scores:
     "What a model says about M utterances, in the order of the conversations."
@@ -165,7 +165,7 @@ def score(
     logits, *rest = [torch.empty_like(x := torch.cat(columns).cpu()).index_copy_(0, rows, x) for columns in zip(*parts)]
     return Scores(logits, dict(zip(out.experts, rest)), None if out.gate is None else rest[-1])
 
-# %% ../../nbs/42_training.ipynb #9b439d67
+# %% ../../nbs/42_training.ipynb #30939ac5
 SELECTION = {"strict": "validation", "paper": "test"}
 
 class _Objective(nn.Module):
@@ -199,7 +199,7 @@ def _accelerator(precision, device):
     AcceleratorState._reset_state(reset_partial_state=True)    # accelerate keeps a process's first configuration, a later training may have another
     return Accelerator(mixed_precision=precision, cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
-# %% ../../nbs/42_training.ipynb #6a5609a8
+# %% ../../nbs/42_training.ipynb #6ef2ad0f
 def fit(
     model: nn.Module,                   # keeps the contract; trained in place, left with the weights that the protocol chose
     corpus,                             # with features attached and splits "train", "validation", "test"

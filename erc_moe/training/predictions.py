@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Predictions']
 
-# %% ../../nbs/45_predictions.ipynb #a8a71919
+# %% ../../nbs/45_predictions.ipynb #1286acdd
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import pandas as pd
 from ..conversations import Conversation, DataError, conversation_table, label_indices
 from .loop import Scores
 
-# %% ../../nbs/45_predictions.ipynb #ba70054e
-@dataclass
+# %% ../../nbs/45_predictions.ipynb #4b1e1881
+@dataclass(repr=False)
 class Predictions:
     "Class probabilities of M utterances, with what the experts and the gate said."
     conversations: list[Conversation]     # M utterances in all
@@ -38,6 +38,7 @@ class Predictions:
                    None if scores[0].gate is None else mean([s.gate for s in scores]))
 
     def __len__(self) -> int: return len(self.probabilities)
+    def __repr__(self): return f"Predictions({len(self.conversations)} conversations, {len(self)} utterances, experts: {', '.join(self.experts) or 'none'})"
 
     @property
     def predicted(self) -> list[str]:
