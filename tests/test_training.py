@@ -192,6 +192,11 @@ def test_strict_never_looks_at_test(corpus, run, tmp_path):
     assert same(weights(run, 0), weights(run_tiny(other, tmp_path/"other", seeds=1), 0))
 
 
+def test_of_equal_epochs_the_earliest_counts(corpus, tmp_path):
+    still = run_tiny(corpus, tmp_path/"still", seeds=1, changes=dict(lr=0.0, epochs=4), protocol="paper")
+    assert still.summary["epochs"] == [1] and still.summary["strict"]["epochs"] == [1] and len(still.log()) == 4
+
+
 def test_ema_evaluates_the_average(corpus, tmp_path):
     raw = run_tiny(corpus, tmp_path/"raw", seeds=1, changes=dict(epochs=1))
     mean = run_tiny(corpus, tmp_path/"mean", seeds=1, changes=dict(epochs=1, ema=0.99))
