@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test notebooks bench results wheel clean
+.PHONY: help setup demo test results notebooks bench wheel clean
 
 help:            ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -24,9 +24,23 @@ test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/pytest -q tests
 
-notebooks: setup ## export the notebooks to the package, run them all and save their outputs
+TRAIN = $(BIN)/erc_moe_train --model mister_e --text minilm --preset cpu --seeds 3 --protocol strict
+results: setup   ## train on the real corpora (ERC_MOE_DATA names their folder) and renew results/
+	$(TRAIN) --corpus iemocap --speech gemaps47+prosody8 --out runs/mister_e-iemocap-frozen
+	$(TRAIN) --corpus meld --speech prosody8 --out runs/mister_e-meld-frozen
+	$(TRAIN) --corpus mosi --speech audio73 --out runs/mister_e-mosi-frozen
+	$(TRAIN) --corpus emorynlp --out runs/mister_e-emorynlp-frozen
+	for run in iemocap meld mosi emorynlp; do cp runs/mister_e-$$run-frozen/summary.json results/mister_e-$$run-frozen.json; done
+	$(BIN)/python tools/baselines.py sample --speech egemaps
+	$(BIN)/python tools/baselines.py iemocap --speech gemaps47+prosody8
+	$(BIN)/python tools/baselines.py meld --speech prosody8
+	$(BIN)/python tools/baselines.py mosi --speech audio73
+	$(BIN)/python tools/baselines.py emorynlp
+
+notebooks: setup ## export the notebooks to the package, run them all, save their outputs, renew README.md
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/python tools/make_readme.py
 
 bench: setup     ## speed and memory of the paper-size model, as ratios
 	$(BIN)/python benchmarks/mister_e.py
@@ -34,5 +48,5 @@ bench: setup     ## speed and memory of the paper-size model, as ratios
 wheel: setup     ## build the wheel and try it in a clean environment
 	$(BIN)/python tools/check_wheel.py
 
-clean:           ## remove what was made
-	rm -rf .venv build dist _docs _proc runs *.egg-info
+clean:           ## remove what was built (runs/ is kept)
+	rm -rf .venv build dist _docs _proc *.egg-info

@@ -6,7 +6,7 @@
 __all__ = ['EMOTION_COLORS', 'DataError', 'Utterance', 'Conversation', 'emotion_color', 'conversation_table', 'ConversationBatch',
            'label_indices', 'collate']
 
-# %% ../nbs/00_conversations.ipynb #22212a87
+# %% ../nbs/00_conversations.ipynb #2793a056
 import html
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_conversations.ipynb #e17a13f7
+# %% ../nbs/00_conversations.ipynb #50f76922
 class DataError(ValueError):
     "Input that cannot be used, with its place (conversation, utterance) and the mend."
     def __init__(self,
@@ -29,7 +29,7 @@ class DataError(ValueError):
                           (("conversation", conversation), ("utterance", utterance)) if name is not None)
         super().__init__(f"{place}: {problem}. {mend}" if place else f"{problem}. {mend}")
 
-# %% ../nbs/00_conversations.ipynb #70492efe
+# %% ../nbs/00_conversations.ipynb #c45d9a1b
 @dataclass(frozen=True)
 class Utterance:
     "One turn of a conversation, before any feature is computed."
@@ -41,8 +41,8 @@ class Utterance:
     start: float|None = None     # seconds from the beginning of the recording
     end: float|None = None       # seconds
 
-# %% ../nbs/00_conversations.ipynb #33990303
-@dataclass(frozen=True)
+# %% ../nbs/00_conversations.ipynb #560f641a
+@dataclass(frozen=True, repr=False)
 class Conversation:
     "A sequence of utterances and, per modality, a matrix of features aligned with it."
     id: str
@@ -61,6 +61,10 @@ class Conversation:
             seen.add(u.id)
 
     def __len__(self) -> int: return len(self.utterances)
+
+    def __repr__(self) -> str:
+        speakers = ", ".join(dict.fromkeys(u.speaker for u in self.utterances))
+        return f"Conversation({self.id!r}, {len(self)} utterances of {speakers}; features: {', '.join(self.features) or 'none'})"
 
     @property
     def labels(self) -> list[str|None]: return [u.label for u in self.utterances]
@@ -82,7 +86,7 @@ class Conversation:
         values[~present] = 0
         return replace(self, features={**self.features, modality: values}, present={**self.present, modality: present})
 
-# %% ../nbs/00_conversations.ipynb #dc194637
+# %% ../nbs/00_conversations.ipynb #ad14e406
 EMOTION_COLORS = dict(
     neutral="#8d99ae", joy="#f4a100", happy="#f4a100", excited="#ff7f0e", joyful="#f4a100", sadness="#3a6ea5", sad="#3a6ea5",
     anger="#c1121f", angry="#c1121f", mad="#c1121f", frustrated="#9d4b73", fear="#6a4c93", scared="#6a4c93",
@@ -94,7 +98,7 @@ def emotion_color(
     "The colour that `label` has in every table and plot."
     return EMOTION_COLORS.get((label or "").lower(), "#b0b0b0")
 
-# %% ../nbs/00_conversations.ipynb #6b160f29
+# %% ../nbs/00_conversations.ipynb #805d8891
 def _pill(label):
     return (f'<span style="background:{emotion_color(label)};color:#fff;border-radius:0.7em;padding:0.05em 0.6em">'
             f'{html.escape(label)}</span>') if label else '<span style="color:#999">unlabelled</span>'
@@ -116,13 +120,13 @@ def conversation_table(
     return (f'<table><caption style="text-align:left">{html.escape(conv.id)}</caption>'
             f'<thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table>')
 
-# %% ../nbs/00_conversations.ipynb #74e75384
+# %% ../nbs/00_conversations.ipynb #e4a1f2e6
 from fastcore.basics import patch
 
 @patch
 def _repr_html_(self: Conversation): return conversation_table(self)
 
-# %% ../nbs/00_conversations.ipynb #997ce228
+# %% ../nbs/00_conversations.ipynb #564ec0e6
 @dataclass
 class ConversationBatch:
     "B conversations padded to N utterances: what every model's `forward` takes."
@@ -147,7 +151,7 @@ class ConversationBatch:
                           x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x)
         return ConversationBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
-# %% ../nbs/00_conversations.ipynb #4566c0e2
+# %% ../nbs/00_conversations.ipynb #1c9c4ac6
 def label_indices(
     conv: Conversation,
     labels: list[str],   # the label set, in class order

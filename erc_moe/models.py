@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'ModelEntry', 'register', 'find_model', 'parse_changes']
 
-# %% ../nbs/44_models.ipynb #03ca0a70
+# %% ../nbs/44_models.ipynb #f59844e8
 from dataclasses import dataclass, field, fields
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from .conversations import DataError
 from .mister_e import MisterE, MisterEConfig
 
-# %% ../nbs/44_models.ipynb #6c794c7f
+# %% ../nbs/44_models.ipynb #02530835
 @dataclass(frozen=True)
 class ModelEntry:
     "What the rest of the library knows about a model."
@@ -57,14 +57,14 @@ def find_model(name: str) -> ModelEntry:
     if name not in MODELS: raise DataError(f"there is no model {name!r}", f"The models are {', '.join(MODELS)}.")
     return MODELS[name]
 
-# %% ../nbs/44_models.ipynb #6a4e41e6
+# %% ../nbs/44_models.ipynb #8ca857a7
 register(ModelEntry("mister_e", MisterE, MisterEConfig, training={
     "paper": {"meld": dict(batch_size=32)},
     "cpu": {"": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
             "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32),
             "mosi": dict(epochs=16, lr=5e-4)}}));
 
-# %% ../nbs/44_models.ipynb #8743ccd8
+# %% ../nbs/44_models.ipynb #5b92adb6
 def parse_changes(
     settings: list[str],       # "name=value" each
     *configs,                  # dataclass instances, the first that has the field takes it

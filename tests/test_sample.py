@@ -41,7 +41,7 @@ def test_size_and_labels(corpus, utterances):
 
 
 def test_the_split_is_fixed(corpus):
-    "A change here changes every score on this corpus: results/sample_baselines.json must be made again with it."
+    "A change here changes every score on this corpus: results/baselines-sample.json must be made again with it."
     assert corpus.split_hash == "5044fb804e3421e70dff0cda5d410db9c9bd2d9266f0cc2d54775233f9b711d0"
     assert load_corpus("sample").split_hash == corpus.split_hash
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_folder', 'read_table', 'mend_text', 'read_numbers', 'parse_times', 'find_audio', 'some']
 
-# %% ../../nbs/01a_corpus_files.ipynb #954789d9
+# %% ../../nbs/01a_corpus_files.ipynb #e3a8be4a
 import json
 import os
 import re
@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..conversations import DataError
 
-# %% ../../nbs/01a_corpus_files.ipynb #645ccb9a
+# %% ../../nbs/01a_corpus_files.ipynb #9178d6d5
 def find_folder(
     name: str,                 # the corpus' folder name: "meld"
     data: str|Path|None,       # the folder that holds `name`, or is it; None: $ERC_MOE_DATA
@@ -32,7 +32,7 @@ def find_folder(
         if any((place/mark).exists() for mark in marks): return place
     raise DataError(f"the corpus {name!r} is not in {places[0]} nor in {places[1]} (looked for {' or '.join(marks)})", how)
 
-# %% ../../nbs/01a_corpus_files.ipynb #b53229fd
+# %% ../../nbs/01a_corpus_files.ipynb #3bbd08e6
 def read_table(
     path: str|Path,
     columns: list[str],   # columns that must be there
@@ -64,7 +64,7 @@ def _read_jsonl(path):
             raise DataError(f"{path.name}, line {number} is no JSON ({e.msg})", "Write one JSON object per line.") from e
     return pd.DataFrame([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows], dtype=str).fillna("")
 
-# %% ../../nbs/01a_corpus_files.ipynb #d6ede96f
+# %% ../../nbs/01a_corpus_files.ipynb #c32bfb69
 _HIGH = {b: bytes([b]).decode("cp1252", errors="ignore") or chr(b) for b in range(0x80, 0xc0)}   # byte -> as Windows-1252 reads it
 _BYTE = {ord(c): b for b, c in _HIGH.items()} | {ord(c): ord(c) for c in "ÂÃÅÆËâ"}
 _MOJIBAKE = re.compile("(?:[ÂÃÅÆË][{0}])|(?:â[{0}]{{2}})".format("".join(map(re.escape, _HIGH.values()))))
@@ -78,7 +78,7 @@ def mend_text(
     mended = [_MOJIBAKE.sub(utf8, _C1.sub(lambda match: _HIGH[ord(match[0])], text)) for text in texts]
     return mended, sum(a != b for a, b in zip(texts, mended))
 
-# %% ../../nbs/01a_corpus_files.ipynb #7b221feb
+# %% ../../nbs/01a_corpus_files.ipynb #4d303eaa
 def read_numbers(
     table: pd.DataFrame,
     column: str,
@@ -89,7 +89,7 @@ def read_numbers(
         raise DataError(f"the column {column!r} holds {cell!r}, which is no number", "Correct the cell.")
     return numbers.astype(float)
 
-# %% ../../nbs/01a_corpus_files.ipynb #844ed17a
+# %% ../../nbs/01a_corpus_files.ipynb #d77a153a
 def parse_times(
     column: pd.Series,   # "h:mm:ss,mmm" or "hh:mm:ss.mmm"
 ) -> pd.Series:          # seconds, float; NaN where the cell is no time

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'load_corpus']
 
-# %% ../../nbs/09_load_corpus.ipynb #3d5e3d22
+# %% ../../nbs/09_load_corpus.ipynb #dec4c107
 import importlib
 import inspect
 from pathlib import Path
@@ -15,7 +15,7 @@ from .core import Corpus
 
 CORPORA = ["sample", "meld", "emorynlp", "iemocap", "mosi"]
 
-# %% ../../nbs/09_load_corpus.ipynb #93c60512
+# %% ../../nbs/09_load_corpus.ipynb #fb644b01
 def load_corpus(
     name: str|Path,                # one of `CORPORA`, or the path of your own .csv or .jsonl file
     data: str|Path|None = None,    # the folder that holds meld/, iemocap/ ..., or the corpus' own folder; None: $ERC_MOE_DATA

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_LABELS', 'load_sample']
 
-# %% ../../nbs/08_sample_corpus.ipynb #b007565b
+# %% ../../nbs/08_sample_corpus.ipynb #1e75b425
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from .core import Corpus
 from .own import load_own
 
-# %% ../../nbs/08_sample_corpus.ipynb #782380cb
+# %% ../../nbs/08_sample_corpus.ipynb #7e9e7ac6
 SAMPLE_LABELS = ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]
 
 def load_sample() -> Corpus:   # named "sample"; every utterance has text, label and audio

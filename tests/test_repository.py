@@ -1,0 +1,69 @@
+"""What readers see is in step with the code: saved outputs, exported modules, the README, sizes of notebooks and modules."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "erc_moe").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_saved_as_run(path):
+    cells = code_cells(path)
+    outputs = [o for c in cells for o in c.outputs]
+    assert outputs, "run it: python tools/run_notebooks.py"
+    assert not [o for o in outputs if o.output_type == "error"]
+    text = json.dumps([o.get("text", "") or {k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs])
+    assert not re.search(r"(?:^|[\\s\"'(=])/(home|root|tmp|Users|work|var)/|0x[0-9a-f]{8,}", text), "a path or an address is among the outputs"
+    assert all(c.execution_count is None for c in cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_says_what_it_is(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), "a title and a one-line subtitle come first"
+
+
+def test_every_notebook_is_on_the_site():
+    listed = re.findall(r"(\w+\.ipynb)", (ROOT / "_quarto.yml").read_text())
+    assert sorted(listed) == [p.name for p in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "erc_moe")))
+def test_module_is_what_its_notebook_exports(path):
+    text = path.read_text()
+    source = re.search(r"File to edit: .*?nbs/(\w+\.ipynb)", text)
+    assert source, "every module comes from a notebook"
+    exported = [c.source for c in code_cells(ROOT / "nbs" / source[1]) if re.search(r"^#\| *export", c.source, re.M)]
+    squeeze = lambda s: re.sub(r"from \.+([\w.]*) import", r"from \1 import", re.sub(r"\s", "", s))
+    body = squeeze(text)
+    for cell in exported:
+        for line in cell.splitlines():
+            if line.startswith(("from ", "import ", "#|")): continue    # nbdev makes imports relative
+            assert squeeze(line) in body, f"run nbdev_export: {line.strip()!r} is not in the module"
+    assert len(text.splitlines()) < 400, "a module is under about 300 lines of code; split the notebook"
+
+
+def test_readme_is_made_from_the_index():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from make_readme import readme
+    assert (ROOT / "README.md").read_text() == readme(), "run make notebooks"
+
+
+def test_results_can_be_made_again():
+    for path in (ROOT / "results").glob("mister_e-*.json"):
+        summary = json.loads(path.read_text())
+        for key in ("model", "corpus", "protocol", "seeds", "split_hash", "feature_hash", "config", "versions", "command"):
+            assert summary.get(key), f"{path.name} lacks {key}"
+        scores = summary["test"]["weighted_f1"]
+        assert len(scores["per_seed"]) == len(summary["seeds"])
+        assert abs(sum(scores["per_seed"]) / len(scores["per_seed"]) - scores["mean"]) < 1e-6
