@@ -258,6 +258,24 @@ def test_intra_modal_encoder_is_pytorch_s(heads):
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
 
 
+def test_every_encoder_asks_in_one_modality_and_is_answered_by_another():
+    torch.manual_seed(0)
+    gate, layout = TransformerGate(3, 8, 2).double(), Layout(torch.tensor([[True]*5, [True]*2 + [False]*3]))
+    seen, x = layout.mask & (torch.rand(3, 2, 5) < .8), torch.randn(3, 7, 8, dtype=torch.float64)
+    seen[:, :, 0] = True
+    heard = gate.attend(x, seen, layout)
+    for m in range(3):
+        for n in range(3):
+            theirs = nn.MultiheadAttention(8, 2, batch_first=True).double()
+            weight, bias = gate.qkv_weight.view(3, 8, 3, 3, 8), gate.qkv_bias.view(3, 3, 3, 8)
+            theirs.in_proj_weight.data = torch.cat([weight[m, :, 0, n].T, weight[n, :, 1, m].T, weight[n, :, 2, m].T]).data
+            theirs.in_proj_bias.data = torch.cat([bias[m, 0, n], bias[n, 1, m], bias[n, 2, m]]).data
+            nn.init.eye_(theirs.out_proj.weight)
+            q, kv = layout.padded(x[m]), layout.padded(x[n])
+            expected = layout.flat(theirs(q, kv, kv, key_padding_mask=~seen[n])[0])
+            torch.testing.assert_close(heard[3*m + n], expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_and_cpu_agree():
     model, batch = small_model().float(), collate(conversations([9, 4, 1, 6], 5), LABELS)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Routing', 'GaussianExperts']
 
-# %% ../../nbs/34_uncertainty_experts.ipynb #83b554da
+# %% ../../nbs/34_uncertainty_experts.ipynb #bf292ba0
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/34_uncertainty_experts.ipynb #fd337cb2
+# %% ../../nbs/34_uncertainty_experts.ipynb #dee0b2f9
 @dataclass
 class Routing:
     "What the gate of a mixture of experts decided at M utterances."
