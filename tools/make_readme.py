@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def readme() -> str:
     "The Markdown of the index notebook: directives and hidden cells removed, echo and outputs respected, links made absolute to nbs/."
     nb = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
+    nb.metadata.language_info = {"name": "python"}
     cells = []
     for cell in nb.cells:
         if cell.cell_type == "code":
