@@ -20,8 +20,9 @@ demo: setup      ## train MiSTER-E on the sample corpus from raw text and speech
 	$(BIN)/erc_moe_train --model mister_e --corpus sample --text minilm --speech egemaps --preset cpu --seeds 3 --out runs/demo
 	$(BIN)/erc_moe_report runs/demo
 
+test: export OMP_NUM_THREADS = 1
 test: setup      ## every notebook and every test
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
 
 TRAIN = $(BIN)/erc_moe_train --model mister_e --text minilm --preset cpu --seeds 3 --protocol strict
@@ -42,8 +43,9 @@ notebooks: setup ## export the notebooks to the package, run them all, save thei
 	$(BIN)/python tools/run_notebooks.py
 	$(BIN)/python tools/make_readme.py
 
-bench: setup     ## speed and memory of the paper-size model, as ratios
+bench: setup     ## speed and memory of the paper-size models, as ratios
 	$(BIN)/python benchmarks/mister_e.py
+	$(BIN)/python benchmarks/sure.py
 
 wheel: setup     ## build the wheel and try it in a clean environment
 	$(BIN)/python tools/check_wheel.py

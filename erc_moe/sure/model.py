@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'SureConfig', 'SureOutput', 'Sure']
 
-# %% ../../nbs/37_sure.ipynb #9d803f08
+# %% ../../nbs/37_sure.ipynb #e9b94046
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .experts import GaussianExperts
 from .reasoning import IterativeReasoning, reason
 from .transformer import TransformerGate
 
-# %% ../../nbs/37_sure.ipynb #85e0b4bd
+# %% ../../nbs/37_sure.ipynb #cd120595
 MODALITIES = ("text", "speech", "visual")
 
 @dataclass
@@ -77,7 +77,7 @@ class SureConfig:
         "A small one, for classical features or frozen sentence embeddings and two cores: same parts, narrower."
         return cls.paper(corpus, widths, classes, **dict(width=96, heads=4, input_dropout=0.3, dropout=0.4) | changes)
 
-# %% ../../nbs/37_sure.ipynb #5cc4baa7
+# %% ../../nbs/37_sure.ipynb #b9eef4cb
 @dataclass
 class SureOutput:
     "What SURE says of a batch; all is 0 at padding, and at utterances without the modality where it is per modality."
