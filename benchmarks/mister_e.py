@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +150,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forms", nargs="+", choices=("ours", "padded"), default=["ours", "padded"])
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
+    parser.add_argument("--save", type=Path, help="write the figures to this JSON file as well")
     parser.add_argument("--worker", choices=("ours", "padded"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker: return worker(args.worker, args)
@@ -167,13 +169,18 @@ def main():
     print(f"MiSTER-E, preset {args.preset}, {args.width}-wide embeddings, batches of {args.batch} conversations of "
           f"{args.shortest}-{args.longest} utterances, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, medians of {args.steps} steps")
     print(f"GEMM rate: {gemm/1e9:.0f} GFLOP/s")
-    speed = {}
+    speed, record = {}, {}
     for f, steps in said.items():
         speed[f] = statistics.median(s["utterances"]/s["seconds"] for s in steps)
         bound = gemm / (6*size[next(iter(size))])
-        print(f"{f:7s} {size[f]/1e6:6.2f} M parameters  {speed[f]:7.1f} utterances/s  {speed[f]/bound:5.1%} of the bound  "
-              f"peak memory {max(s['memory'] for s in steps)/2**30:.2f} GiB")
+        memory = max(s["memory"] for s in steps)
+        print(f"{f:7s} {size[f]/1e6:6.2f} M parameters  {speed[f]:7.1f} utterances/s  {speed[f]/bound:5.1%} of the bound  peak memory {memory/2**30:.2f} GiB")
+        record[f] = dict(parameters=size[f], utterances_per_second=round(speed[f], 1), of_bound=round(speed[f]/bound, 3), peak_memory_bytes=memory)
     if len(speed) == 2: print(f"ours / padded: {speed['ours']/speed['padded']:.2f}")
+    if args.save:
+        settings = {k: v for k, v in vars(args).items() if k not in ("save", "worker", "profile", "forms")}
+        args.save.write_text(json.dumps(dict(command=f"python {' '.join(sys.argv)}", settings=settings, threads=torch.get_num_threads(), torch=torch.__version__,
+                                             gemm_rate=round(gemm), forms=record), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Layout', 'TemporalInception', 'dropout', 'bigru', 'ContextNetwork', 'add_context']
 
-# %% ../../nbs/30_context.ipynb #9acbf354
+# %% ../../nbs/30_context.ipynb #d3c8f42e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/30_context.ipynb #db5028a5
+# %% ../../nbs/30_context.ipynb #bde2ec05
 class Layout:
     "Where the M real utterances of B padded conversations lie, and the way between both forms."
     def __init__(self,
@@ -45,7 +45,7 @@ class Layout:
         rows = torch.arange(len(x), device=x.device)[:, None] + offset                           # (M, K)
         return F.pad(x, (0, 0, 0, 1))[rows.masked_fill(~inside, len(x))]                         # row M is zero
 
-# %% ../../nbs/30_context.ipynb #6b800da2
+# %% ../../nbs/30_context.ipynb #1e76ae05
 class TemporalInception(nn.Module):
     "Convolutions over 1, 3 and 5 neighbouring utterances, each through a ReLU, summed (MiSTER-E, section 3.3.1)."
     def __init__(self,
@@ -66,7 +66,7 @@ class TemporalInception(nn.Module):
         seen = lambda k: taps[:, radius - k//2:radius + k//2 + 1].flatten(1)                     # (M, k*D), a view
         return sum(F.relu(conv(seen(k))) for k, conv in zip(self.kernels, self.convs))
 
-# %% ../../nbs/30_context.ipynb #4b3fde4d
+# %% ../../nbs/30_context.ipynb #4186bf9a
 class _LockStep(torch.autograd.Function):
     "G independent GRU recurrences, step by step together; step t holds the sequences longer than t, longest first."
     @staticmethod
@@ -109,7 +109,7 @@ class _LockStep(torch.autograd.Function):
         torch.mul(dh, to_n, out=du[:, :, 2])
         return d_weight, d_bias, None, None, *(x.new_empty(x.shape).index_copy_(0, rows, x) for x, rows in zip(flat, order))
 
-# %% ../../nbs/30_context.ipynb #08d65d39
+# %% ../../nbs/30_context.ipynb #011231b5
 def dropout(
     x: Tensor,          # any shape
     p: float,           # probability of a zero, in steps of 1/65536
@@ -121,7 +121,7 @@ def dropout(
     bits = torch.empty((x.numel() + 3)//4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()]
     return x * ((bits.view(x.shape) >= drop - 32768).to(x.dtype) * (65536/(65536 - drop)))
 
-# %% ../../nbs/30_context.ipynb #a62a9b3a
+# %% ../../nbs/30_context.ipynb #aee588b5
 def bigru(
     grus: list[nn.GRU],   # bidirectional, of one hidden size, number of layers and dropout
     xs: list[Tensor],     # the input (M, D) of each
@@ -144,7 +144,7 @@ def bigru(
         xs = [torch.cat(hs[i:i + 2], 1) for i in range(0, len(hs), 2)]
     return xs
 
-# %% ../../nbs/30_context.ipynb #a52a692f
+# %% ../../nbs/30_context.ipynb #df5a2d75
 class ContextNetwork(nn.Module):
     "The context addition network of one modality: TIN, bidirectional GRU, residual (eqs 3-4)."
     def __init__(self,
@@ -173,7 +173,7 @@ class ContextNetwork(nn.Module):
     ) -> Tensor:            # (M, C)
         return self.classify(add_context([self], [x], layout)[0])
 
-# %% ../../nbs/30_context.ipynb #451ede3d
+# %% ../../nbs/30_context.ipynb #d414c090
 def add_context(
     networks: list[ContextNetwork],   # one per modality
     xs: list[Tensor],                 # their embeddings (M, D)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
-# %% ../../nbs/33_mister_e.ipynb #56197888
+# %% ../../nbs/33_mister_e.ipynb #c89a075c
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .context import ContextNetwork, Layout, add_context, dropout
 from .fusion import FusionNetwork
 from .gate import Gate
 
-# %% ../../nbs/33_mister_e.ipynb #288b6c79
+# %% ../../nbs/33_mister_e.ipynb #b8cb497f
 @dataclass
 class MisterEConfig:
     "Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss. Section 4.2 has the defaults."
@@ -88,7 +88,7 @@ class MisterEConfig:
         switches = dict(gate="mlp", gate_temperature=2., consistency="symmetric", heads=3, reduction="mean")
         return cls.paper(corpus, widths, classes, **switches | changes)
 
-# %% ../../nbs/33_mister_e.ipynb #2cef8a12
+# %% ../../nbs/33_mister_e.ipynb #de8a6bd9
 @dataclass
 class MisterEOutput:
     "What MiSTER-E says of a batch; logits and weights are 0 at padding."
@@ -97,7 +97,7 @@ class MisterEOutput:
     gate: Tensor|None                       # (B, N, E) in the order of `experts`
     representations: Tensor|None            # (2, M, W) of the fusion network, real utterances only, speech then text
 
-# %% ../../nbs/33_mister_e.ipynb #1e5950c2
+# %% ../../nbs/33_mister_e.ipynb #9dbbbb42
 class MisterE(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
     "Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E, section 3)."
     def __init__(self,
