@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict_file']
 
-# %% ../nbs/51_predict.ipynb #5e6014cc
+# %% ../nbs/51_predict.ipynb #8f421463
 from pathlib import Path
 
 from .conversations import DataError
@@ -13,7 +13,7 @@ from .corpora.core import read_table
 from .corpora.own import load_own
 from .training import Predictions, Run
 
-# %% ../nbs/51_predict.ipynb #77b2c7a5
+# %% ../nbs/51_predict.ipynb #f98c3b02
 def predict_file(
     run: Run|str|Path,               # a finished run, or its folder
     table: str|Path,                 # conversations as .csv or .jsonl

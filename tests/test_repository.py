@@ -1,4 +1,5 @@
 """What readers see is in step with the code: saved outputs, exported modules, the README, sizes of notebooks and modules."""
+import ast
 import json
 import re
 import sys
@@ -31,6 +32,16 @@ def test_notebook_is_saved_as_run(path):
 def test_notebook_says_what_it_is(path):
     first = nbformat.read(path, as_version=4).cells[0]
     assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), "a title and a one-line subtitle come first"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_docs_can_be_built(path):
+    "Building the site runs exported cells and cells that import; a cell that imports and computes would run without what went before."
+    for cell in code_cells(path):
+        body = ast.parse(cell.source).body
+        imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
+        exported = re.search(r"^#\| *export", cell.source, re.M)
+        assert exported or not any(imports) or all(imports), f"put the imports of this cell into one of their own: {cell.source[:80]!r}"
 
 
 def test_every_notebook_is_on_the_site():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'FILES', 'RemoteFile', 'fetch', 'download_corpus']
 
-# %% ../../nbs/07_download.ipynb #1315abaa
+# %% ../../nbs/07_download.ipynb #bc6ab8b1
 import hashlib
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from ..conversations import DataError
 
-# %% ../../nbs/07_download.ipynb #f919af18
+# %% ../../nbs/07_download.ipynb #09583ae7
 SOURCE = "https://raw.githubusercontent.com/declare-lab/MELD/master/data"
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ FILES = {
         RemoteFile("emorynlp/emorynlp_dev_final.csv", 93130, "20edc9d5917fe705b17b849f7f288e495d4132a60353a6247c3800445bdf8734"),
         RemoteFile("emorynlp/emorynlp_test_final.csv", 100280, "dbc4b5638acd12c92a5f48def829e04f1c765cddffb4eedbe34216312e0d2d78")]}
 
-# %% ../../nbs/07_download.ipynb #6caf9268
+# %% ../../nbs/07_download.ipynb #7d5ba517
 def fetch(
     file: RemoteFile,
     folder: str|Path,           # where it goes; made if need be
@@ -72,7 +72,7 @@ def fetch(
 def _sha256(path):
     with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/07_download.ipynb #e0450655
+# %% ../../nbs/07_download.ipynb #a8034a16
 def download_corpus(
     name: str,                  # "meld" or "emorynlp"
     folder: str|Path,           # the corpus' folder

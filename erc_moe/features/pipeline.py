@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #f969bae6
+# %% ../../nbs/13_feature_pipeline.ipynb #dbbe0ed3
 import hashlib
 import json
 import os
@@ -24,7 +24,7 @@ from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #a62f8ae7
+# %% ../../nbs/13_feature_pipeline.ipynb #6451619c
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, str]]:        # per term: its name, and "corpus", "conversation", or "" where none is written
@@ -38,7 +38,7 @@ def parse_source(
         terms.append((name, scope))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #06243c16
+# %% ../../nbs/13_feature_pipeline.ipynb #6c334d38
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -58,7 +58,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #98b1a0bf
+# %% ../../nbs/13_feature_pipeline.ipynb #8425d57f
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -67,7 +67,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #41b6a2b1
+# %% ../../nbs/13_feature_pipeline.ipynb #2b970335
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -146,7 +146,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #c70fd338
+# %% ../../nbs/13_feature_pipeline.ipynb #7253b982
 @dataclass
 class Part:
     "One fitted term of a source."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORTEST', 'OPENSMILE_SETS', 'RATE', 'read_audio', 'resample', 'OpenSmile']
 
-# %% ../../nbs/12_speech_features.ipynb #1ab9a56c
+# %% ../../nbs/12_speech_features.ipynb #da8ed89d
 import hashlib
 import importlib.metadata
 import re
@@ -22,7 +22,7 @@ from scipy.signal import resample_poly
 from ..conversations import DataError
 from .store import Extractor
 
-# %% ../../nbs/12_speech_features.ipynb #e86cdea7
+# %% ../../nbs/12_speech_features.ipynb #98d79c41
 SHORTEST = 0.1   # seconds: below it openSMILE's sets are undefined
 
 def read_audio(
@@ -64,7 +64,7 @@ def resample(
     common = gcd(source, target)
     return resample_poly(samples, target // common, source // common).astype(np.float32)
 
-# %% ../../nbs/12_speech_features.ipynb #3940c6f9
+# %% ../../nbs/12_speech_features.ipynb #c63d6f20
 OPENSMILE_SETS = {"egemaps": ("eGeMAPSv02", 88), "is09": ("IS09", 384), "is10": ("IS10", 1582), "compare": ("ComParE_2016", 6373)}
 RATE = 16000   # samples per second that the functionals are measured at
 

