@@ -25,13 +25,15 @@ test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
 
-TRAIN = $(BIN)/erc_moe_train --model mister_e --text minilm --preset cpu --seeds 3 --protocol strict
+TRAIN = $(BIN)/erc_moe_train --text minilm --preset cpu --seeds 3 --protocol strict --model
 results: setup   ## train on the real corpora (ERC_MOE_DATA names their folder) and renew results/
-	$(TRAIN) --corpus iemocap --speech gemaps47+prosody8 --out runs/mister_e-iemocap-frozen
-	$(TRAIN) --corpus meld --speech prosody8 --out runs/mister_e-meld-frozen
-	$(TRAIN) --corpus mosi --speech audio73 --out runs/mister_e-mosi-frozen
-	$(TRAIN) --corpus emorynlp --out runs/mister_e-emorynlp-frozen
-	for run in iemocap meld mosi emorynlp; do cp runs/mister_e-$$run-frozen/summary.json results/mister_e-$$run-frozen.json; done
+	$(TRAIN) mister_e --corpus iemocap --speech gemaps47+prosody8 --out runs/mister_e-iemocap-frozen
+	$(TRAIN) mister_e --corpus meld --speech prosody8 --out runs/mister_e-meld-frozen
+	$(TRAIN) mister_e --corpus mosi --speech audio73 --out runs/mister_e-mosi-frozen
+	$(TRAIN) mister_e --corpus emorynlp --out runs/mister_e-emorynlp-frozen
+	$(TRAIN) sure --corpus iemocap --speech gemaps47+prosody8 --out runs/sure-iemocap-frozen
+	$(TRAIN) sure --corpus meld --speech prosody8 --out runs/sure-meld-frozen
+	for run in runs/*-frozen; do cp $$run/summary.json results/$$(basename $$run).json; done
 	$(BIN)/python tools/baselines.py sample --speech egemaps
 	$(BIN)/python tools/baselines.py iemocap --speech gemaps47+prosody8
 	$(BIN)/python tools/baselines.py meld --speech prosody8

@@ -71,7 +71,7 @@ def test_readme_is_made_from_the_index():
 
 
 def test_results_can_be_made_again():
-    for path in (ROOT / "results").glob("mister_e-*.json"):
+    for path in (ROOT / "results").glob("*-frozen.json"):
         summary = json.loads(path.read_text())
         for key in ("model", "corpus", "protocol", "seeds", "split_hash", "feature_hash", "config", "versions", "command"):
             assert summary.get(key), f"{path.name} lacks {key}"
