@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
-# %% ../../nbs/33_mister_e.ipynb #c89a075c
+# %% ../../nbs/33_mister_e.ipynb #22ec3903
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpoints import Checkpoint
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, consistency_loss, contrastive_loss, focal_loss
 from .context import ContextNetwork, Layout, add_context, dropout
 from .fusion import FusionNetwork
 from .gate import Gate
 
-# %% ../../nbs/33_mister_e.ipynb #b8cb497f
+# %% ../../nbs/33_mister_e.ipynb #1efa7020
 @dataclass
 class MisterEConfig:
     "Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss. Section 4.2 has the defaults."
@@ -88,7 +86,7 @@ class MisterEConfig:
         switches = dict(gate="mlp", gate_temperature=2., consistency="symmetric", heads=3, reduction="mean")
         return cls.paper(corpus, widths, classes, **switches | changes)
 
-# %% ../../nbs/33_mister_e.ipynb #de8a6bd9
+# %% ../../nbs/33_mister_e.ipynb #e41b7f3d
 @dataclass
 class MisterEOutput:
     "What MiSTER-E says of a batch; logits and weights are 0 at padding."
@@ -97,9 +95,10 @@ class MisterEOutput:
     gate: Tensor|None                       # (B, N, E) in the order of `experts`
     representations: Tensor|None            # (2, M, W) of the fusion network, real utterances only, speech then text
 
-# %% ../../nbs/33_mister_e.ipynb #9dbbbb42
-class MisterE(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
+# %% ../../nbs/33_mister_e.ipynb #850f01fa
+class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
     "Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E, section 3)."
+    config_class = MisterEConfig
     def __init__(self,
         config: MisterEConfig|dict,    # a dict is what config.json holds
     ):
@@ -157,20 +156,3 @@ class MisterE(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
     def _seen(self, batch, modality):
         "bool (B, N): real and observed; a modality that the batch does not carry is absent everywhere."
         return batch.present[modality] & batch.mask if modality in batch.features else torch.zeros_like(batch.mask)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, labels=None, map_location="cpu", strict=True, **hub):
-        if not config or config.get("model") != "mister_e":
-            raise DataError(f"{model_id} holds {'a ' + config['model'] if config and 'model' in config else 'no MiSTER-E'} checkpoint",
-                            "Load it with the class that saved it, or check the path.")
-        model = cls(MisterEConfig(**config))
-        if labels is not None and model.config.labels != list(labels):
-            raise DataError(f"the checkpoint in {model_id} was trained for the labels {', '.join(model.config.labels or ['(unnamed)'])}",
-                            f"Take one trained for {', '.join(labels)}, or train anew.")
-        here = Path(model_id) / "model.safetensors"
-        file = here if Path(model_id).is_dir() else hf_hub_download(model_id, "model.safetensors", **hub)
-        try: model.load_state_dict(load_file(file, device=str(map_location)))
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise DataError(f"the weights in {model_id} do not fit its config.json or are damaged ({str(e).splitlines()[0]})",
-                            "Copy or download the checkpoint again.") from e
-        return model.to(map_location).eval()

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'SureConfig', 'SureOutput', 'Sure']
 
-# %% ../../nbs/37_sure.ipynb #e9b94046
+# %% ../../nbs/37_sure.ipynb #84ee753f
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpoints import Checkpoint
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, focal_loss
 from ..mister_e.context import Layout, dropout
@@ -22,7 +20,7 @@ from .experts import GaussianExperts
 from .reasoning import IterativeReasoning, reason
 from .transformer import TransformerGate
 
-# %% ../../nbs/37_sure.ipynb #cd120595
+# %% ../../nbs/37_sure.ipynb #05db908c
 MODALITIES = ("text", "speech", "visual")
 
 @dataclass
@@ -77,7 +75,7 @@ class SureConfig:
         "A small one, for classical features or frozen sentence embeddings and two cores: same parts, narrower."
         return cls.paper(corpus, widths, classes, **dict(width=96, heads=4, input_dropout=0.3, dropout=0.4) | changes)
 
-# %% ../../nbs/37_sure.ipynb #b9eef4cb
+# %% ../../nbs/37_sure.ipynb #abd807ce
 @dataclass
 class SureOutput:
     "What SURE says of a batch; all is 0 at padding, and at utterances without the modality where it is per modality."
@@ -90,8 +88,9 @@ class SureOutput:
     divergence: Tensor                  # () mean over observed utterances, experts and modalities
     balance: Tensor                     # () mean over modalities; 1: even
 
-class Sure(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
+class Sure(nn.Module, Checkpoint, library_name="erc_moe"):
     "Synergistic uncertainty-aware reasoning over whole conversations (SURE, section 2)."
+    config_class = SureConfig
     def __init__(self,
         config: SureConfig|dict,    # a dict is what config.json holds
     ):
@@ -140,20 +139,3 @@ class Sure(nn.Module, PyTorchModelHubMixin, library_name="erc_moe"):
         parts = {"classification": focal_loss(output.logits[batch.mask], batch.labels[batch.mask], 0., "mean", weight)}
         if c.moe: parts |= {"divergence": c.divergence_weight*output.divergence, "balance": c.balance_weight*output.balance}
         return LossParts(parts)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, labels=None, map_location="cpu", strict=True, **hub):
-        if not config or config.get("model") != "sure":
-            raise DataError(f"{model_id} holds {'a ' + config['model'] if config and 'model' in config else 'no SURE'} checkpoint",
-                            "Load it with the class that saved it, or check the path.")
-        model = cls(SureConfig(**config))
-        if labels is not None and model.config.labels != list(labels):
-            raise DataError(f"the checkpoint in {model_id} was trained for the labels {', '.join(model.config.labels or ['(unnamed)'])}",
-                            f"Take one trained for {', '.join(labels)}, or train anew.")
-        here = Path(model_id) / "model.safetensors"
-        file = here if Path(model_id).is_dir() else hf_hub_download(model_id, "model.safetensors", **hub)
-        try: model.load_state_dict(load_file(file, device=str(map_location)))
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise DataError(f"the weights in {model_id} do not fit its config.json or are damaged ({str(e).splitlines()[0]})",
-                            "Copy or download the checkpoint again.") from e
-        return model.to(map_location).eval()
