@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SELECTION', 'ConversationTensors', 'epoch_seed', 'TrainingConfig', 'epoch_batches', 'Scores', 'score',
-           'Best', 'Fitted', 'fit']
+           'parameter_groups', 'trained_state', 'load_trained', 'Best', 'Fitted', 'fit']
 
-# %% ../../nbs/42_training.ipynb #6eb0376b
+# %% ../../nbs/42_training.ipynb #e4472ec7
 import json, math, os, time
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..conversations import Conversation, ConversationBatch, DataError, collate
 from ..evaluation import conversation_counts, weighted_f1
 
-# %% ../../nbs/42_training.ipynb #a9956c10
+# %% ../../nbs/42_training.ipynb #a59a95fa
 class ConversationTensors:
     "A split's conversations as flat tensors on one device, from which any batch is one gather."
     def __init__(self,
@@ -55,6 +55,12 @@ class ConversationTensors:
     def __len__(self) -> int: return len(self.conversations)
 
     @property
+    def learnable(self) -> Tensor:
+        "int64 (L,): the conversations that have a labelled utterance, which are what an epoch goes through."
+        known = (self.labels[:-1] >= 0).cumsum(0).cpu()                                    # (M,)
+        return (known[self.starts + self.lengths - 1] > torch.where(self.starts > 0, known[self.starts - 1], 0)).nonzero()[:, 0]
+
+    @property
     def truth(self) -> np.ndarray:
         "int64 (M,): the class of every utterance in order, -1 where unlabelled."
         return self.labels[:-1].cpu().numpy()
@@ -78,7 +84,7 @@ class ConversationTensors:
         batches, size = self.lengths.argsort(stable=True).split(64), len(self.labels) - 1
         return [(b := self.batch(index), self.rows(index).to(self.device)[b.mask]) for index in batches] if size else []
 
-# %% ../../nbs/42_training.ipynb #87362b1b
+# %% ../../nbs/42_training.ipynb #88beaeaf
 def epoch_seed(
     seed: int,          # of the run
     epoch: int,         # 1, 2, ...; 0 initialises the model
@@ -87,7 +93,7 @@ def epoch_seed(
     "The number that all randomness of one epoch comes from."
     return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../../nbs/42_training.ipynb #2ad250a6
+# %% ../../nbs/42_training.ipynb #3bc8acba
 CHOICES = dict(optimizer=("adamw", "adam"), schedule=("constant", "cosine"), class_weights=("none", "inverse_frequency"),
                precision=("no", "bf16"))
 
@@ -123,7 +129,7 @@ class TrainingConfig:
         if step < begin: return self.lr*(step + 1)/(begin + 1)
         return self.lr if self.schedule == "constant" else self.lr*0.5*(1 + math.cos(math.pi*(step - begin)/max(1, steps - begin)))
 
-# %% ../../nbs/42_training.ipynb #ccb5b606
+# %% ../../nbs/42_training.ipynb #46eab372
 def epoch_batches(
     lengths: Tensor,                 # int64 (conversations,)
     batch_size: int,
@@ -137,7 +143,7 @@ def epoch_batches(
     batches = [b for window in order.split(8*batch_size) for b in window[lengths[window].argsort(stable=True)].split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-# %% ../../nbs/42_training.ipynb #8ca2563e
+# %% ../../nbs/42_training.ipynb #c3120761
 @dataclass
 class Scores:
     "What a model says about M utterances, in the order of the conversations."
@@ -156,16 +162,39 @@ def score(
     data: ConversationTensors,    # of one split, on the model's device
 ) -> Scores:
     "The model's logits, its experts' and its gate's, in evaluation mode."
-    was, parts, rows = model.training, [], torch.cat([rows for _, rows in data.evaluation]).cpu()
+    was, parts, rows = model.training, [], []
     model.eval()
-    for batch, _ in data.evaluation:
+    for batch, places in data.evaluation:
         out = model(batch)
+        rows.append(places.cpu())
         parts.append([x[batch.mask].float() for x in (out.logits, *out.experts.values(), *([] if out.gate is None else [out.gate]))])
     model.train(was)
-    logits, *rest = [torch.empty_like(x := torch.cat(columns).cpu()).index_copy_(0, rows, x) for columns in zip(*parts)]
+    logits, *rest = [torch.empty_like(x := torch.cat(columns).cpu()).index_copy_(0, torch.cat(rows), x) for columns in zip(*parts)]
     return Scores(logits, dict(zip(out.experts, rest)), None if out.gate is None else rest[-1])
 
-# %% ../../nbs/42_training.ipynb #30939ac5
+# %% ../../nbs/42_training.ipynb #67ecf730
+def parameter_groups(
+    model: nn.Module,
+) -> list[dict]:      # of "params" and "scale"
+    "What is trained: the groups that the model names, or everything that asks for a gradient."
+    if hasattr(model, "parameter_groups"): return model.parameter_groups()
+    return [dict(params=[p for p in model.parameters() if p.requires_grad], scale=1.0)]
+
+def trained_state(
+    model: nn.Module,
+) -> dict[str, Tensor]:
+    "The state of `model` without its frozen parameters."
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: x for name, x in model.state_dict().items() if name not in frozen}
+
+def load_trained(
+    model: nn.Module,
+    state: dict[str, Tensor],   # what `trained_state` gave
+):
+    "Put `state` back; the frozen parameters stay what they are."
+    model.load_state_dict(model.state_dict() | state)
+
+# %% ../../nbs/42_training.ipynb #012dc9ab
 SELECTION = {"strict": "validation", "paper": "test"}
 
 class _Objective(nn.Module):
@@ -199,10 +228,10 @@ def _accelerator(precision, device):
     AcceleratorState._reset_state(reset_partial_state=True)    # accelerate keeps a process's first configuration, a later training may have another
     return Accelerator(mixed_precision=precision, cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
-# %% ../../nbs/42_training.ipynb #6ef2ad0f
+# %% ../../nbs/42_training.ipynb #08c7850e
 def fit(
     model: nn.Module,                   # keeps the contract; trained in place, left with the weights that the protocol chose
-    corpus,                             # with features attached and splits "train", "validation", "test"
+    corpus,                             # with splits "train", "validation", "test"; features attached, unless `dataset` does without
     config: TrainingConfig,
     seed: int = 0,
     out: Path|None = None,              # folder for log.jsonl and the checkpoint; None: nothing is written
@@ -210,38 +239,42 @@ def fit(
     device: str = "auto",               # or "cpu"; "auto" takes the GPU(s) that accelerate finds
     checkpoint_seconds: float = 30.0,   # the least time between two checkpoints
     progress: bool = True,              # a bar on stderr
+    dataset: Callable|None = None,      # (conversations, labels, device) -> what `ConversationTensors` gives; None: those, for the model's widths
 ) -> Fitted:
     "Train with one seed; carries on from the checkpoint in `out`, to the same weights as if it had never stopped."
     accelerator = _accelerator(config.precision, device)
     splits = ("train", "validation") + (("test",) if protocol == "paper" else ())
-    data = {s: ConversationTensors(corpus.splits[s], corpus.labels, model.config.widths, accelerator.device) for s in splits}
+    dataset = dataset or (lambda conversations, labels, device: ConversationTensors(conversations, labels, model.config.widths, device))
+    data = {s: dataset(corpus.splits[s], corpus.labels, accelerator.device) for s in splits}
     optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer](
-        model.to(accelerator.device).parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        parameter_groups(model.to(accelerator.device)), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     objective, optimizer = accelerator.prepare(_Objective(model), optimizer)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     judged = average.module if average else model
-    per_epoch = math.ceil(math.ceil(len(data["train"])/config.batch_size)/accelerator.num_processes)
+    learnable = data["train"].learnable
+    if not len(learnable): raise DataError(f"no utterance of {corpus.name}'s training split is labelled", "Label some, or choose another corpus.")
+    per_epoch = math.ceil(math.ceil(len(learnable)/config.batch_size)/accelerator.num_processes)
     fitted, begin, saved = Fitted([], {s: Best() for s in splits[1:]}, 0.0), 1, time.monotonic()
     checkpoint = out and Path(out)/"checkpoint.pt"
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"])
-        if average: average.load_state_dict(state["average"])
+        load_trained(model, state["model"]); optimizer.load_state_dict(state["optimizer"])
+        if average: load_trained(average, state["average"])
         fitted, begin = Fitted(state["log"], {s: Best(**b) for s, b in state["best"].items()}, state["seconds"]), len(state["log"]) + 1
     bar = tqdm(total=config.epochs, initial=begin - 1, desc=f"seed {seed}", disable=not (progress and accelerator.is_main_process),
                bar_format="{bar:20} epoch {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}")
     for epoch in range(begin, config.epochs + 1):
         if config.patience and epoch - 1 - fitted.best["validation"].epoch >= config.patience: break
         started = time.monotonic()
-        batches = epoch_batches(data["train"].lengths, config.batch_size, epoch_seed(seed, epoch), config.buckets)
+        batches = epoch_batches(data["train"].lengths[learnable], config.batch_size, epoch_seed(seed, epoch), config.buckets)
         batches = (batches*2)[accelerator.process_index::accelerator.num_processes][:per_epoch]
         torch.manual_seed(epoch_seed(seed, epoch, 1 + accelerator.process_index))
         losses, norm = {}, 0.0
         objective.train()
         for i, index in enumerate(batches):
             rate = config.lr_at((epoch - 1)*per_epoch + i, config.epochs*per_epoch)
-            for group in optimizer.param_groups: group["lr"] = rate
-            parts = objective(data["train"].batch(index))
+            for group in optimizer.param_groups: group["lr"] = rate*group["scale"]
+            parts = objective(data["train"].batch(learnable[index]))
             accelerator.backward(sum(parts.values()))
             norm = norm + accelerator.clip_grad_norm_(model.parameters(), config.max_norm or math.inf)
             optimizer.step(); optimizer.zero_grad()
@@ -256,7 +289,7 @@ def fit(
         entry["seconds"] = time.monotonic() - started
         for s, best in fitted.best.items():
             if entry[s]["mixture"] > best.weighted_f1:
-                fitted.best[s] = Best(epoch, entry[s]["mixture"], {k: v.detach().cpu().clone() for k, v in judged.state_dict().items()})
+                fitted.best[s] = Best(epoch, entry[s]["mixture"], {k: v.detach().cpu().clone() for k, v in trained_state(judged).items()})
         fitted.log.append(entry); fitted.seconds += entry["seconds"]
         chosen = fitted.best[SELECTION[protocol]]
         bar.set_description_str(f"seed {seed}: {SELECTION[protocol]} F1 {entry[SELECTION[protocol]]['mixture']:.3f}, best {chosen.weighted_f1:.3f} at {chosen.epoch}", False)
@@ -265,9 +298,9 @@ def fit(
             _write(Path(out)/"log.jsonl", lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in fitted.log)))
             if time.monotonic() - saved >= checkpoint_seconds:
                 _write(checkpoint, lambda p: torch.save(dict(
-                    model=model.state_dict(), optimizer=optimizer.state_dict(), average=average and average.state_dict(),
+                    model=trained_state(model), optimizer=optimizer.state_dict(), average=average and trained_state(average),
                     best={s: vars(b) for s, b in fitted.best.items()}, log=fitted.log, seconds=fitted.seconds), p))
                 saved = time.monotonic()
     bar.close()
-    model.load_state_dict(fitted.best[SELECTION[protocol]].state)
+    load_trained(model, fitted.best[SELECTION[protocol]].state)
     return fitted
