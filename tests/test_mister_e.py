@@ -9,7 +9,8 @@ from torch import nn
 
 from erc_moe.conversations import Conversation, Utterance, collate
 from erc_moe.mister_e import MisterE, MisterEConfig
-from erc_moe.mister_e.context import Layout, bigru, dropout
+from erc_moe.ragged import Layout, dropout
+from erc_moe.recurrence import bigru
 
 LABELS, WIDTHS = ["neutral", "joy", "anger"], {"speech": 5, "text": 4}
 SMALL = dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2)

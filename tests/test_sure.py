@@ -9,11 +9,12 @@ from torch import nn
 
 from erc_moe.conversations import Conversation, DataError, Utterance, collate
 from erc_moe.mister_e import MisterE, MisterEConfig
-from erc_moe.mister_e.context import Layout
+from erc_moe.ragged import Layout
+from erc_moe.recurrence import lstm
 from erc_moe.sure import Sure, SureConfig
 from erc_moe.sure.experts import GaussianExperts
 from erc_moe.sure.model import MODALITIES
-from erc_moe.sure.reasoning import IterativeReasoning, lstm, reason
+from erc_moe.sure.reasoning import IterativeReasoning, reason
 from erc_moe.sure.transformer import TransformerGate, positions
 
 LABELS, WIDTHS = ["neutral", "joy", "anger"], {"text": 4, "speech": 5, "visual": 3}

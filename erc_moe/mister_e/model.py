@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
-# %% ../../nbs/33_mister_e.ipynb #22ec3903
+# %% ../../nbs/33_mister_e.ipynb #efd391c1
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, consistency_loss, contrastive_loss, focal_loss
-from .context import ContextNetwork, Layout, add_context, dropout
+from .context import ContextNetwork, add_context
 from .fusion import FusionNetwork
 from .gate import Gate
+from ..ragged import Layout, dropout
 
-# %% ../../nbs/33_mister_e.ipynb #1efa7020
+# %% ../../nbs/33_mister_e.ipynb #f32ddc14
 @dataclass
 class MisterEConfig:
     "Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss. Section 4.2 has the defaults."
@@ -86,7 +87,7 @@ class MisterEConfig:
         switches = dict(gate="mlp", gate_temperature=2., consistency="symmetric", heads=3, reduction="mean")
         return cls.paper(corpus, widths, classes, **switches | changes)
 
-# %% ../../nbs/33_mister_e.ipynb #e41b7f3d
+# %% ../../nbs/33_mister_e.ipynb #00364dd6
 @dataclass
 class MisterEOutput:
     "What MiSTER-E says of a batch; logits and weights are 0 at padding."
@@ -95,7 +96,7 @@ class MisterEOutput:
     gate: Tensor|None                       # (B, N, E) in the order of `experts`
     representations: Tensor|None            # (2, M, W) of the fusion network, real utterances only, speech then text
 
-# %% ../../nbs/33_mister_e.ipynb #850f01fa
+# %% ../../nbs/33_mister_e.ipynb #3ecdd412
 class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
     "Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E, section 3)."
     config_class = MisterEConfig

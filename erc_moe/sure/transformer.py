@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['positions', 'TransformerGate']
 
-# %% ../../nbs/36_transformer_gate.ipynb #eb1c9f03
+# %% ../../nbs/36_transformer_gate.ipynb #c8293e9e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..mister_e.context import Layout, dropout
-from ..mister_e.fusion import stacked_linear
+from ..ragged import Layout, dropout, stacked_linear
 
-# %% ../../nbs/36_transformer_gate.ipynb #a018f8e2
+# %% ../../nbs/36_transformer_gate.ipynb #6a9845a8
 def positions(
     position: Tensor,   # int64 (M,): 0, 1, ... within the conversation
     width: int,         # D, even
@@ -23,7 +22,7 @@ def positions(
     angle = position[:, None]*rate                                                               # (M, D/2)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
-# %% ../../nbs/36_transformer_gate.ipynb #d5ecaf22
+# %% ../../nbs/36_transformer_gate.ipynb #65768722
 class TransformerGate(nn.Module):
     "Intra- and inter-modal Transformer encoders, gated and fused (SURE, section 2.5, eqs 11-17)."
     def __init__(self,
