@@ -1,0 +1,1 @@
+"Stage 1: transformers tuned to embed single utterances of text and speech."
