@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'ADAPTATIONS', 'ENCODERS', 'Pooling', 'EncoderConfig', 'transformer_layers', 'adapt', 'EncoderOutput',
            'UtteranceBatch', 'UtteranceEncoder', 'load_encoder', 'UtteranceData']
 
-# %% ../../nbs/27_utterance_encoder.ipynb #48512ca4
+# %% ../../nbs/27_utterance_encoder.ipynb #3ea76500
 import json
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from ..features.store import atomic_write
 from ..features.text import Pretrained, token_batches
 from ..losses import LossParts, focal_loss
 
-# %% ../../nbs/27_utterance_encoder.ipynb #19d0146e
+# %% ../../nbs/27_utterance_encoder.ipynb #731d0e16
 POOLINGS = ("attentive", "mean", "first", "last")
 
 class Pooling(nn.Module):
@@ -55,7 +55,7 @@ class Pooling(nn.Module):
         spread = torch.einsum("bt,btd->bd", weights.to(hidden), (real - mean[:, None]).square())                 # exact where all states are alike
         return torch.cat([mean, spread.clamp_min(1e-9).sqrt()], 1)
 
-# %% ../../nbs/27_utterance_encoder.ipynb #283e3c42
+# %% ../../nbs/27_utterance_encoder.ipynb #abb6d6fb
 ADAPTATIONS = ("lora", "full", "frozen")
 
 @dataclass(kw_only=True)
@@ -121,7 +121,7 @@ def adapt(
         if config.frozen_layers: transformer_layers(base)[1][:config.frozen_layers].requires_grad_(False)
     return base
 
-# %% ../../nbs/27_utterance_encoder.ipynb #97184f87
+# %% ../../nbs/27_utterance_encoder.ipynb #b6d09805
 @dataclass
 class EncoderOutput:
     "What an utterance encoder says of a batch."
@@ -209,7 +209,7 @@ class UtteranceEncoder(nn.Module):
         self.train(was)
         return out
 
-    def save(self,
+    def save_pretrained(self,
         folder: Path|str,       # made where there is none
     ):
         "Write config.json and encoder.safetensors: what was trained, not the transformer under it."
@@ -219,7 +219,7 @@ class UtteranceEncoder(nn.Module):
         atomic_write(folder/"config.json", json.dumps({"modality": self.modality, **asdict(self.config)}, indent=1).encode())
 
 def load_encoder(
-    folder: Path|str,       # what `UtteranceEncoder.save` wrote
+    folder: Path|str,       # what `UtteranceEncoder.save_pretrained` wrote
     **changes,              # fields of the configuration that do not change the numbers: where the transformer lies, its precision
 ) -> UtteranceEncoder:      # in evaluation mode
     "A tuned encoder. `DataError` where a file is missing or damaged, and where the transformer is not the one it was tuned on."
@@ -239,7 +239,7 @@ def load_encoder(
         for n, p in trained.items(): p.copy_(state[n])
     return encoder.eval()
 
-# %% ../../nbs/27_utterance_encoder.ipynb #bbed8625
+# %% ../../nbs/27_utterance_encoder.ipynb #a00edad8
 class UtteranceData:
     "The utterances of conversations, one after the other, and batches of them."
     def __init__(self,

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SELECTION', 'ConversationTensors', 'epoch_seed', 'TrainingConfig', 'epoch_batches', 'Scores', 'score',
-           'parameter_groups', 'trained_state', 'load_trained', 'Best', 'Fitted', 'fit']
+           'dataset', 'parameter_groups', 'trained_state', 'load_trained', 'Best', 'Fitted', 'fit']
 
-# %% ../../nbs/42_training.ipynb #e4472ec7
+# %% ../../nbs/42_training.ipynb #6dfbfea8
 import json, math, os, time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from ..conversations import Conversation, ConversationBatch, DataError, collate
 from ..evaluation import conversation_counts, weighted_f1
 
-# %% ../../nbs/42_training.ipynb #a59a95fa
+# %% ../../nbs/42_training.ipynb #68fc4e99
 class ConversationTensors:
     "A split's conversations as flat tensors on one device, from which any batch is one gather."
     def __init__(self,
@@ -84,7 +83,7 @@ class ConversationTensors:
         batches, size = self.lengths.argsort(stable=True).split(64), len(self.labels) - 1
         return [(b := self.batch(index), self.rows(index).to(self.device)[b.mask]) for index in batches] if size else []
 
-# %% ../../nbs/42_training.ipynb #88beaeaf
+# %% ../../nbs/42_training.ipynb #eec622b0
 def epoch_seed(
     seed: int,          # of the run
     epoch: int,         # 1, 2, ...; 0 initialises the model
@@ -93,7 +92,7 @@ def epoch_seed(
     "The number that all randomness of one epoch comes from."
     return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../../nbs/42_training.ipynb #3bc8acba
+# %% ../../nbs/42_training.ipynb #6b978f04
 CHOICES = dict(optimizer=("adamw", "adam"), schedule=("constant", "cosine"), class_weights=("none", "inverse_frequency"),
                precision=("no", "bf16"))
 
@@ -129,7 +128,7 @@ class TrainingConfig:
         if step < begin: return self.lr*(step + 1)/(begin + 1)
         return self.lr if self.schedule == "constant" else self.lr*0.5*(1 + math.cos(math.pi*(step - begin)/max(1, steps - begin)))
 
-# %% ../../nbs/42_training.ipynb #46eab372
+# %% ../../nbs/42_training.ipynb #29ce943a
 def epoch_batches(
     lengths: Tensor,                 # int64 (conversations,)
     batch_size: int,
@@ -143,7 +142,7 @@ def epoch_batches(
     batches = [b for window in order.split(8*batch_size) for b in window[lengths[window].argsort(stable=True)].split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
-# %% ../../nbs/42_training.ipynb #c3120761
+# %% ../../nbs/42_training.ipynb #bad8e05f
 @dataclass
 class Scores:
     "What a model says about M utterances, in the order of the conversations."
@@ -172,7 +171,17 @@ def score(
     logits, *rest = [torch.empty_like(x := torch.cat(columns).cpu()).index_copy_(0, torch.cat(rows), x) for columns in zip(*parts)]
     return Scores(logits, dict(zip(out.experts, rest)), None if out.gate is None else rest[-1])
 
-# %% ../../nbs/42_training.ipynb #67ecf730
+# %% ../../nbs/42_training.ipynb #32d775f4
+def dataset(
+    model: nn.Module,
+    conversations: list[Conversation],
+    labels: list[str],                   # the label set, in class order
+    device: str|torch.device = "cpu",
+):
+    "What the model reads of a split: its own `dataset`, where it has one, or the features of whole conversations."
+    if hasattr(model, "dataset"): return model.dataset(conversations, labels, device)
+    return ConversationTensors(conversations, labels, model.config.widths, device)
+
 def parameter_groups(
     model: nn.Module,
 ) -> list[dict]:      # of "params" and "scale"
@@ -194,7 +203,7 @@ def load_trained(
     "Put `state` back; the frozen parameters stay what they are."
     model.load_state_dict(model.state_dict() | state)
 
-# %% ../../nbs/42_training.ipynb #012dc9ab
+# %% ../../nbs/42_training.ipynb #d8beded1
 SELECTION = {"strict": "validation", "paper": "test"}
 
 class _Objective(nn.Module):
@@ -228,10 +237,10 @@ def _accelerator(precision, device):
     AcceleratorState._reset_state(reset_partial_state=True)    # accelerate keeps a process's first configuration, a later training may have another
     return Accelerator(mixed_precision=precision, cpu=device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
-# %% ../../nbs/42_training.ipynb #08c7850e
+# %% ../../nbs/42_training.ipynb #04733a8c
 def fit(
     model: nn.Module,                   # keeps the contract; trained in place, left with the weights that the protocol chose
-    corpus,                             # with splits "train", "validation", "test"; features attached, unless `dataset` does without
+    corpus,                             # with splits "train", "validation", "test", and the features that the model takes
     config: TrainingConfig,
     seed: int = 0,
     out: Path|None = None,              # folder for log.jsonl and the checkpoint; None: nothing is written
@@ -239,13 +248,11 @@ def fit(
     device: str = "auto",               # or "cpu"; "auto" takes the GPU(s) that accelerate finds
     checkpoint_seconds: float = 30.0,   # the least time between two checkpoints
     progress: bool = True,              # a bar on stderr
-    dataset: Callable|None = None,      # (conversations, labels, device) -> what `ConversationTensors` gives; None: those, for the model's widths
 ) -> Fitted:
     "Train with one seed; carries on from the checkpoint in `out`, to the same weights as if it had never stopped."
     accelerator = _accelerator(config.precision, device)
     splits = ("train", "validation") + (("test",) if protocol == "paper" else ())
-    dataset = dataset or (lambda conversations, labels, device: ConversationTensors(conversations, labels, model.config.widths, device))
-    data = {s: dataset(corpus.splits[s], corpus.labels, accelerator.device) for s in splits}
+    data = {s: dataset(model, corpus.splits[s], corpus.labels, accelerator.device) for s in splits}
     optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer](
         parameter_groups(model.to(accelerator.device)), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     objective, optimizer = accelerator.prepare(_Objective(model), optimizer)
