@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'configure', 'inverse_frequency', 'train']
 
-# %% ../../nbs/43_runs.ipynb #64a121a1
+# %% ../../nbs/43_runs.ipynb #3bc8bc27
 import json
 from dataclasses import asdict, fields, replace
 from functools import cached_property
@@ -18,14 +18,14 @@ import torch
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus, FeatureTable
-from ..features import FeaturePipeline, import_features
+from ..features import FeaturePipeline, FeatureStore, import_features
 from ..models import find_model, parse_changes
 from .folder import begin_run, read_predictions, summarise_run, temporary_folder, train_seed
 from .loop import SELECTION, ConversationTensors, TrainingConfig, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, result_table
 
-# %% ../../nbs/43_runs.ipynb #36a91aa3
+# %% ../../nbs/43_runs.ipynb #43dcf91e
 class Run:
     "A folder written by `train`: its summary, models and predictions."
     def __init__(self,
@@ -92,6 +92,12 @@ class Run:
         for m in without:
             if m not in widths: raise DataError(f"the run was not trained with {m!r}", f"It takes {', '.join(widths)}.")
         left = replace(pipeline, parts={m: p for m, p in pipeline.parts.items() if m not in without})
+        ids = [u.id for c in conversations for u in c.utterances]
+        for m, p in ((m, p) for m, parts in left.parts.items() for p in parts if p.kind == "store"):
+            for lacking in FeatureStore(p.source).missing(ids)[:1]:
+                raise DataError(f"the run's {m} features come from the store {p.source}, which has none of it",
+                                f"Extract it into the store too, or say without=[{m!r}] (--without {m}); a run that is to predict other conversations is trained "
+                                "with features computed from text and sound, not with an imported file's.", utterance=lacking)
         ready = left.apply(conversations, arrays) if left.parts else conversations
         for m in without: ready = [c.with_features(m, np.zeros((len(c), widths[m])), np.zeros(len(c), bool)) for c in ready]
         for m in left.parts:
@@ -121,7 +127,7 @@ class Run:
         prepared = self.pipeline.apply(corpus)
         return {s: gather_seeds([figures(self.predict(prepared.splits[s], seed, prepared=True)) for seed in self.seeds]) for s in splits}
 
-# %% ../../nbs/43_runs.ipynb #23a01d69
+# %% ../../nbs/43_runs.ipynb #7f85246d
 def configure(
     model: str,                           # "mister_e"
     corpus: Corpus,
@@ -150,7 +156,7 @@ def inverse_frequency(corpus: Corpus) -> list[float]:
     labels = [l for c in corpus.splits["train"] for l in c.labels if l is not None]
     return [len(labels)/(len(corpus.labels)*max(1, labels.count(l))) for l in corpus.labels]
 
-# %% ../../nbs/43_runs.ipynb #33d3b260
+# %% ../../nbs/43_runs.ipynb #3b6e965a
 def train(
     model: str,                           # "mister_e"
     corpus: str|Corpus,                   # "sample", "meld", ..., a path to your own table, or a corpus
