@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['first_process', 'temporary_folder', 'begin_run', 'train_seed', 'read_predictions', 'summarise_run']
 
-# %% ../../nbs/46a_run_folders.ipynb #71e48350
+# %% ../../nbs/46a_run_folders.ipynb #5dc7b494
 import json, os, tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +17,13 @@ from torch import nn
 
 from ..conversations import DataError
 from ..corpora.core import Corpus
+from ..features import atomic_write
+from .cards import model_card
 from .loop import SELECTION, TrainingConfig, dataset, epoch_seed, fit, load_trained, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, interval, provenance, write_json
 
-# %% ../../nbs/46a_run_folders.ipynb #3183d8db
+# %% ../../nbs/46a_run_folders.ipynb #974f5b62
 def first_process() -> bool:
     "Whether this process is the one that writes and speaks, where several train together."
     return int(os.environ.get("RANK", 0)) == 0
@@ -52,7 +54,7 @@ def begin_run(
         prepare()
         write_json(folder/"settings.json", settings)
 
-# %% ../../nbs/46a_run_folders.ipynb #28bfbc73
+# %% ../../nbs/46a_run_folders.ipynb #435b1347
 def train_seed(
     build: Callable[[], nn.Module],   # makes the model
     corpus: Corpus,                   # with the features that the model takes
@@ -93,7 +95,7 @@ def read_predictions(
     table = pd.read_csv(folder/f"{name}.csv", keep_default_na=False)
     return table[table["split"] == split]
 
-# %% ../../nbs/46a_run_folders.ipynb #c1c818f2
+# %% ../../nbs/46a_run_folders.ipynb #11a2f6b6
 def summarise_run(
     folder: Path,
     settings: dict,        # what `begin_run` was given
@@ -115,5 +117,6 @@ def summarise_run(
         for at, name in ((summary, "predictions"), (summary.get("strict"), "predictions-strict")):
             for split in ("validation", "test") if at else ():
                 at[split]["weighted_f1"]["interval"] = interval([read_predictions(folder/f"seed-{s}", split, name) for s in seeds], corpus.labels)
+        for place in (folder, *folder.glob("seed-*/model*")): atomic_write(place/"README.md", model_card(summary).encode())
         write_json(folder/"summary.json", summary)
     PartialState().wait_for_everyone()
