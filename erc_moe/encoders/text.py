@@ -36,8 +36,8 @@ class TextEncoderConfig(EncoderConfig):
 
     @classmethod
     def cpu(cls, encoder: str, classes: int, **changes) -> "TextEncoderConfig":
-        "For MiniLM's kind and two cores: the transformer is tuned whole but for its word embeddings."
-        return cls(encoder=encoder, classes=classes, **dict(adaptation="full", frozen_embeddings=True, pooling="mean", width=256, dropout=0.2, head_rate=10.) | changes)
+        "For MiniLM's kind and two cores: the transformer is tuned above its embeddings and two lowest layers."
+        return cls(encoder=encoder, classes=classes, **dict(adaptation="full", frozen_layers=2, pooling="mean", width=256, dropout=0.2, head_rate=10.) | changes)
 
 # %% ../../nbs/27a_text_encoder.ipynb #b158aa8f
 class TextData(UtteranceData):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TUNING', 'deal_folds', 'TunedRun', 'tune', 'embed']
 
-# %% ../../nbs/47_tuning.ipynb #f40cde34
+# %% ../../nbs/47_tuning.ipynb #2c65b74e
 import hashlib, json
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -25,7 +25,7 @@ from .folder import begin_run, first_process, summarise_run, temporary_folder, t
 from .loop import SELECTION, TrainingConfig
 from .results import result_table
 
-# %% ../../nbs/47_tuning.ipynb #b1972f26
+# %% ../../nbs/47_tuning.ipynb #b33c0fae
 def deal_folds(
     conversations: list[Conversation],
     folds: int,                            # K, two at least
@@ -39,7 +39,7 @@ def deal_folds(
         sizes[dealt[c.id]] += len(c)
     return dealt
 
-# %% ../../nbs/47_tuning.ipynb #31779789
+# %% ../../nbs/47_tuning.ipynb #a3274ecc
 class TunedRun:
     "A folder written by `tune`: encoders of one modality, their figures, and how training conversations were dealt."
     def __init__(self,
@@ -70,9 +70,12 @@ class TunedRun:
         "The training log: a dictionary per epoch."
         return [json.loads(line) for line in (self.encoder_folder(seed, fold).parent/"log.jsonl").read_text().splitlines()]
 
-# %% ../../nbs/47_tuning.ipynb #51101600
-TUNING = {"text": {"paper": dict(epochs=50, batch_size=8, lr=1e-5), "cpu": dict(epochs=3, batch_size=32, lr=1e-4, schedule="cosine", warmup=0.1, buckets=True)},
-          "speech": {"paper": dict(epochs=50, batch_size=8, lr=1e-5), "cpu": dict(epochs=3, batch_size=8, lr=1e-4, schedule="cosine", warmup=0.1, buckets=True)}}
+# %% ../../nbs/47_tuning.ipynb #ca4646a2
+TUNING = {   # modality -> preset -> corpus, or "" for all -> changes to TrainingConfig
+    "text": {"paper": {"": dict(epochs=50, batch_size=8, lr=1e-5)},
+             "cpu": {"": dict(epochs=3, batch_size=32, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True), "meld": dict(epochs=2)}},
+    "speech": {"paper": {"": dict(epochs=50, batch_size=8, lr=1e-5)},
+               "cpu": {"": dict(epochs=3, batch_size=8, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True)}}}
 
 def tune(
     modality: str,                        # "text" or "speech"
@@ -98,7 +101,7 @@ def tune(
     corpus, kind = corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data), ENCODERS[modality]
     seeds, name = list(range(seeds)) if isinstance(seeds, int) else list(seeds), encoder.removeprefix("hf:")
     config = getattr(kind.config_class, preset)(name, len(corpus.labels), labels=corpus.labels)
-    training = TrainingConfig(**TUNING[modality][preset])
+    training = TrainingConfig(**TUNING[modality][preset][""] | TUNING[modality][preset].get(corpus.name, {}))
     if isinstance(changes, dict):
         mine = {f.name for f in fields(training)}
         parsed = [{k: v for k, v in changes.items() if k in mine}, {k: v for k, v in changes.items() if k not in mine}]
@@ -120,7 +123,7 @@ def tune(
     summarise_run(folder, settings, seeds, corpus, device, command)
     return TunedRun(folder)
 
-# %% ../../nbs/47_tuning.ipynb #d9bf2cc7
+# %% ../../nbs/47_tuning.ipynb #ae33aedf
 def embed(
     run: TunedRun,
     corpus: Corpus,
