@@ -40,6 +40,7 @@ class Utterance:
     audio: Path|None = None      # sound file of this utterance alone
     start: float|None = None     # seconds from the beginning of the recording
     end: float|None = None       # seconds
+    video: Path|None = None      # video file of this utterance alone, or a folder of images: crops of the speaker's face
 
 # %% ../nbs/00_conversations.ipynb #560f641a
 @dataclass(frozen=True, repr=False)

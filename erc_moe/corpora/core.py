@@ -25,15 +25,14 @@ from .files import mend_text, read_table, some
 
 # %% ../../nbs/01_corpora.ipynb #a670d33f
 def group_rows(
-    rows: pd.DataFrame,          # columns conversation, id, speaker, text; and label, audio, start, end where known
+    rows: pd.DataFrame,          # columns conversation, id, speaker, text; and label, audio, start, end, video where known
 ) -> list[Conversation]:         # in the order in which conversations begin; utterances in row order
     "Rows of a table grouped into conversations. An empty label or a NaN time becomes None."
-    optional = {c: rows[c].tolist() if c in rows else [None]*len(rows) for c in ("label", "audio", "start", "end")}
+    optional = [rows[c].tolist() if c in rows else [None]*len(rows) for c in ("label", "audio", "start", "end", "video")]
     none = lambda x: None if x is None or x == "" or x != x else x
     groups = {}
-    for conv, id, speaker, text, label, audio, start, end in zip(
-            rows["conversation"], rows["id"], rows["speaker"], rows["text"], *optional.values()):
-        groups.setdefault(conv, []).append(Utterance(id, speaker, text, none(label), none(audio), none(start), none(end)))
+    for conv, id, speaker, text, *known in zip(rows["conversation"], rows["id"], rows["speaker"], rows["text"], *optional):
+        groups.setdefault(conv, []).append(Utterance(id, speaker, text, *map(none, known)))
     return [Conversation(id, utterances) for id, utterances in groups.items()]
 
 # %% ../../nbs/01_corpora.ipynb #2212228a
@@ -189,13 +188,13 @@ def build_corpus(
     faults: list[tuple[bool, str]],    # (was it met?, the sentence that tells it)
     **more,                            # arrays, protocol_note, annotations
 ) -> Corpus:
-    "Mend texts and names, tell what has no sound while other utterances have, group the rows, and keep the faults that were met."
+    "Mend texts and names, tell what has no sound or video while other utterances have, group the rows, and keep the faults that were met."
     (texts, mended), (speakers, renamed) = mend_text(rows["text"].tolist()), mend_text(rows["speaker"].tolist())
     told = [(mended + renamed, f"texts and names with Windows-1252 leftovers or mojibake: {mended + renamed}; mended."), *faults]
-    silent = rows["id"][rows["audio"].isna()] if "audio" in rows else rows["id"]
-    if len(silent) < len(rows):
-        told.append((len(silent), f"utterances without a sound file: {len(silent)} ({some(silent)}); their speech counts as not "
-                                  "observed."))
+    for column, file, what in (("audio", "a sound file", "speech"), ("video", "a video", "face")):
+        lost = rows["id"][rows[column].isna()] if column in rows else rows["id"]
+        if len(lost) < len(rows):
+            told.append((len(lost), f"utterances without {file}: {len(lost)} ({some(lost)}); their {what} counts as not observed."))
     rows = rows.assign(text=texts, speaker=speakers)
     splits = {s: group_rows(part) for s in dict.fromkeys([*SPLITS, *rows["split"]]) if len(part := rows[rows["split"] == s])}
     return Corpus(name, labels, splits, [sentence for met, sentence in told if met], **more)

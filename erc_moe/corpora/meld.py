@@ -33,7 +33,7 @@ def load_meld(
     faults = [_tell_gaps(rows), _tell_broken(rows, length, broken), _tell_short(rows, length, broken), _tell_order(rows),
               *_tell_repeats(rows), *prosody_faults]
     rows.loc[broken, ["start", "end"]] = np.nan
-    rows.loc[broken, "audio"] = None
+    rows.loc[broken, ["audio", "video"]] = None
     return build_corpus("meld", LABELS, rows, faults, arrays=arrays, protocol_note="official splits")
 
 # %% ../../nbs/02_meld.ipynb #39ed8394
@@ -41,13 +41,14 @@ def _read_split(folder, split):
     table = read_table(folder/f"{FILES[split]}_sent_emo.csv",
                        ["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID", "Season", "Episode", "StartTime", "EndTime"])
     name = "dia" + table["Dialogue_ID"] + "_utt" + table["Utterance_ID"]
-    clips = find_audio(folder, [f"audio/{FILES[split]}/*", f"{CLIPS[split]}/*"])
+    clips, faces = find_audio(folder, [f"audio/{FILES[split]}/*", f"{CLIPS[split]}/*"]), folder/"faces"/FILES[split]
+    films = {f.stem: f for f in (faces.iterdir() if faces.is_dir() else folder.glob(f"{CLIPS[split]}/dia*.mp4"))}
     rows = pd.DataFrame(dict(
         split=split, clip=FILES[split] + "/" + name, id=f"{split}_" + name, conversation=f"{split}_dia" + table["Dialogue_ID"],
         dialogue=read_numbers(table, "Dialogue_ID").astype(int), number=read_numbers(table, "Utterance_ID").astype(int),
         speaker=table["Speaker"], text=table["Utterance"],
         label=table["Emotion"], start=parse_times(table["StartTime"]), end=parse_times(table["EndTime"]),
-        episode=table["Season"] + "." + table["Episode"], audio=name.map(clips).astype(object)))
+        episode=table["Season"] + "." + table["Episode"], audio=name.map(clips).astype(object), video=name.map(films).astype(object)))
     return rows.sort_values(["dialogue", "number"], kind="stable")
 
 def _read_prosody(folder, rows, broken):

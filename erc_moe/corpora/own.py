@@ -41,7 +41,8 @@ def load_own(
                              speaker=table["speaker"], text=table["text"], label=column("label"), split=column("split")))
     for cell, field in ((table["conversation"], "conversation"), (table["speaker"], "speaker")):
         for id in rows["id"][cell == ""][:1]: raise DataError(f"its {field} is empty", f"Name the {field}.", utterance=id)
-    rows["audio"] = [_sound(path.parent, *cells) for cells in zip(rows["conversation"], rows["id"], column("audio"))]
+    for c, what in (("audio", "sound file"), ("video", "video")):
+        rows[c] = [_clip(path.parent, what, *cells) for cells in zip(rows["conversation"], rows["id"], column(c))]
     faults = [(0 < (rows.label == "").sum() < len(rows), f"utterances without a label: {(rows.label == '').sum()}; context only.")]
     if (rows["split"] == "").all():
         rows["split"] = rows["conversation"].map(deal_splits(rows["conversation"].tolist()))
@@ -53,11 +54,11 @@ def load_own(
     return build_corpus(path.stem, labels or found, rows.sort_values("order", kind="stable"), faults + told, arrays=arrays)
 
 # %% ../../nbs/06_own_corpus.ipynb #8037dc1e
-def _sound(folder, conversation, id, cell):
+def _clip(folder, what, conversation, id, cell):
     if not cell: return None
-    if not (folder/cell).is_file():
-        raise DataError(f"its sound file {cell!r} does not exist beside the table",
-                        "Correct the path, or leave it empty if there is no sound.", conversation, id)
+    if not (folder/cell).is_file() and not (what == "video" and (folder/cell).is_dir()):
+        raise DataError(f"its {what} {cell!r} does not exist beside the table",
+                        f"Correct the path, or leave it empty if there is no {what}.", conversation, id)
     return folder/cell
 
 def _read_arrays(path, rows):

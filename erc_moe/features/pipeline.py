@@ -23,6 +23,7 @@ from ..corpora.core import Corpus, FeatureTable, read_features, some
 from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
+from .visual import DenseNetEncoder
 
 # %% ../../nbs/13_feature_pipeline.ipynb #6451619c
 def parse_source(
@@ -93,7 +94,7 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
     for u, x in inputs.items():
         try: keys[u] = computer.content_key(x)
         except OSError:
-            broken[u] = f"its audio file {x} cannot be opened"
+            broken[u] = f"its file {x} cannot be opened"
             if missing == "error": raise DataError(broken[u], "Check the path, or let it count as absent (missing=\"absent\").", utterance=u)
     with nullcontext(cache) if cache else tempfile.TemporaryDirectory() as folder:
         store = FeatureStore(Path(folder)/f"{e.name.replace('/', '--')}-{e.key}", e)
@@ -122,12 +123,13 @@ def _kind(source, arrays):
     "What a term's name stands for; `DataError` that lists what there is."
     if source == "minilm" or source.startswith("hf:"): return "encoder"
     if source in OPENSMILE_SETS: return "opensmile"
+    if source.startswith("densenet:"): return "densenet"
     if source in arrays: return "array"
     if (Path(source)/"manifest.json").is_file(): return "store"
     if Path(source).suffix in (".npy", ".safetensors") and Path(source).is_file(): return "file"
     raise DataError(f"unknown feature source {source!r}",
-                    f"There are the text encoders minilm and hf:NAME, the openSMILE sets {', '.join(OPENSMILE_SETS)}, the arrays of this "
-                    f"corpus ({', '.join(arrays) or 'it has none'}), and paths of a feature store, a .npy or a .safetensors file.")
+                    f"There are the text encoders minilm and hf:NAME, the openSMILE sets {', '.join(OPENSMILE_SETS)}, densenet:NAME for video, the "
+                    f"arrays of this corpus ({', '.join(arrays) or 'it has none'}), and paths of a feature store, a .npy or a .safetensors file.")
 
 def _rows(source, kind, utterances, arrays, cache, missing, progress):
     "Rows of one term of a source for `utterances`."
@@ -138,6 +140,9 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
     if kind == "opensmile":
         smile = OpenSmile(source)
         return _extracted(smile, smile.rows, {u.id: u.audio for u in utterances if u.audio}, ids, cache, missing, progress)
+    if kind == "densenet":
+        encoder = DenseNetEncoder(source.removeprefix("densenet:"))
+        return _extracted(encoder, encoder.rows, {u.id: u.video for u in utterances if u.video}, ids, cache, missing, progress)
     if kind == "store": return _given(source, *FeatureStore(source).lookup(ids), ids)
     if kind == "file": return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)
     if source not in arrays:
@@ -151,7 +156,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
 class Part:
     "One fitted term of a source."
     source: str             # "prosody8"
-    kind: str               # "encoder", "opensmile", "array" (came with the corpus), "store", "file"
+    kind: str               # "encoder", "opensmile", "densenet", "array" (came with the corpus), "store", "file"
     relative: bool          # taken relative to the conversation
     identity: dict          # its `Extractor` as a dictionary; {} for an array or a file
     mean: np.ndarray        # float64 (D,), over training utterances
