@@ -18,7 +18,7 @@ import torch
 from erc_moe import cli
 from erc_moe.training import Run
 
-COMMANDS = ["train", "evaluate", "predict", "report", "extract", "download"]
+COMMANDS = {c: c for c in ("train", "tune", "embed", "evaluate", "predict", "report", "extract", "download")} | {"import": "import_file"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_every_command_is_installed_under_its_name():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_in_sentences(name, capsys):
-    with pytest.raises(SystemExit) as stopped: getattr(cli, name)(["--help"])
+    with pytest.raises(SystemExit) as stopped: getattr(cli, COMMANDS[name])(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and f"erc_moe_{name}" in text and "Example:" in text
     options = re.split(r"\n  (?=-|[a-z]+ )", text[text.index("options:"):])[2:]
