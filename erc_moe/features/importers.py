@@ -6,7 +6,7 @@
 __all__ = ['MODALITIES', 'LABEL_ORDER', 'MELD_FIRST', 'MAY_BE', 'NAMES', 'PARTS', 'LAYOUTS', 'TOLERATED', 'Layout', 'describe',
            'find_layout', 'match_utterances', 'align', 'check_agreement', 'ImportedFeatures', 'import_features']
 
-# %% ../../nbs/15_feature_files.ipynb #7dcd9c8b
+# %% ../../nbs/15_feature_files.ipynb #ffd11b74
 import hashlib
 import json
 import re
@@ -25,7 +25,7 @@ from .pickles import read_pickle
 from .pipeline import cache_folder
 from .store import Extractor, FeatureStore, atomic_write
 
-# %% ../../nbs/15_feature_files.ipynb #f5d63b71
+# %% ../../nbs/15_feature_files.ipynb #2e80c12d
 MODALITIES = {"text": "videoText", "speech": "videoAudio", "visual": "videoVisual"}      # modality -> what the field calls it
 LABEL_ORDER = {"iemocap": ["happy", "sad", "neutral", "angry", "excited", "frustrated"],
                "meld": ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]}   # the number of a label is its place
@@ -59,9 +59,10 @@ LAYOUTS = [
     Layout("multiemo-iemocap", "iemocap", "ids speakers labels - - - - train test text speech visual", "MultiEMO: a folder with Speakers.pkl"),
     Layout("multiemo-meld", "meld", "ids speakers labels - - - - train test - text speech visual", "MultiEMO: a folder with Speakers.pkl")]
 
+# %% ../../nbs/15_feature_files.ipynb #0b613ece
 def _kind(entry):
     "list: names of conversations; strings, numbers, vectors: per conversation, by utterance; otherwise the type's name."
-    if isinstance(entry, (list, tuple, set, frozenset)) or isinstance(entry, np.ndarray) and entry.ndim == 1: return "list"
+    if isinstance(entry, (list, tuple, set, frozenset, range)) or isinstance(entry, np.ndarray) and entry.ndim == 1: return "list"
     rows = next((v for v in entry.values() if isinstance(v, (list, tuple, np.ndarray)) and len(v)), None) if isinstance(entry, dict) else None
     if rows is None: return type(entry).__name__
     return "strings" if isinstance(rows[0], str) else "vectors" if isinstance(rows[0], (list, tuple, np.ndarray)) else "numbers"
@@ -87,21 +88,20 @@ def find_layout(
     if isinstance(layout, str) and layout not in [l.name for l in LAYOUTS]:
         raise DataError(f"there is no layout {layout!r}", f"The layouts are {', '.join(l.name for l in LAYOUTS)}.")
     if isinstance(value, dict) and layout is None:
-        entries = {NAMES[k]: v for k, v in value.items() if k in NAMES}
-        candidates = [(Layout("named", corpus, " ".join(NAMES.get(k, "-") for k in value)), list(value.values()))] if entries else []
-    else:
-        mine = [layout] if isinstance(layout, Layout) else [l for l in LAYOUTS if l.name == layout or (layout is None and (l.corpus == corpus or corpus not in LABEL_ORDER))]
-        candidates = [(l, value) for l in mine] if isinstance(value, (list, tuple)) else []
-    fits = [(l, dict(zip(names, entries))) for l, entries in candidates if len(names := l.entries.split()) == len(entries)
-            and all(n == "-" or _kind(e) in MAY_BE[n] for n, e in zip(names, entries)) and "labels" in names and MODALITIES.keys() & set(names)]
-    if len(fits) == 1: return fits[0]
-    wanted = layout if isinstance(layout, str) else layout.name if layout else f"any layout known for {corpus}"
-    raise DataError(f"the file fits {'more than one layout (' + some(l.name for l, _ in fits) + ')' if fits else 'not ' + wanted}; it has {describe(value)}",
-                    "Name its layout, or declare one of your own: Layout(name, corpus, entries).")
+        known = any(k in NAMES for k in value)
+        candidates, value = [Layout("named", corpus, " ".join(NAMES.get(k, "-") for k in value))] if known else [], list(value.values()) if known else value
+    else: candidates = [layout] if isinstance(layout, Layout) else [l for l in LAYOUTS if layout in (None, l.name)]
+    fits = [(l, dict(zip(names, value))) for l in candidates if isinstance(value, (list, tuple)) and len(names := l.entries.split()) == len(value)
+            and all(n == "-" or _kind(e) in MAY_BE[n] for n, e in zip(names, value)) and "labels" in names and MODALITIES.keys() & set(names)]
+    mine = [(l, entries) for l, entries in fits if layout or l.corpus == corpus or corpus not in LABEL_ORDER]
+    if len(mine) == 1: return mine[0]
+    problem = (f"the file does not fit the layout {getattr(layout, 'name', layout)}" if layout else f"more than one layout fits the file ({some(l.name for l, _ in mine)})" if mine
+               else f"the file fits {some(l.name for l, _ in fits)}, but no layout of {corpus}" if fits else f"the file fits no layout that is known for {corpus}")
+    raise DataError(f"{problem}; it has {describe(value)}", "Name its layout, or declare one: Layout(name, corpus, entries).")
 
-# %% ../../nbs/15_feature_files.ipynb #0313e9cd
+# %% ../../nbs/15_feature_files.ipynb #4fb97e46
 def _conversation_id(key, corpus):
-    if corpus != "meld": return str(key)
+    if corpus != "meld" or not str(key).isdigit(): return str(key)
     split, first = next((s, first) for s, first in reversed(MELD_FIRST.items()) if int(key) >= first)
     return f"{split}_dia{int(key) - first}"
 
@@ -118,7 +118,7 @@ def match_utterances(
     if ids and len(set(ids)) == n and all(i in known for i in ids): return [known[i] for i in ids], "id"
     left, found = sorted(conv.utterances, key=lambda u: u.label is None), []
     for said in words or []:
-        same = [u for u in left if _plain(u.text) == _plain(said)][:1]
+        same = [u for u in left if _plain(u.text) == _plain(str(said))][:1]
         left, found = [u for u in left if u not in same], found + same
     if len(found) == n: return found, "words"
     labelled = [u for u in conv.utterances if u.label is not None]
@@ -126,7 +126,7 @@ def match_utterances(
     raise DataError(f"the file has {n} utterances for it, the corpus {len(conv)} ({len(labelled)} labelled), and neither ids nor words tell which is which",
                     "Check that the file was made from this corpus.", conv.id)
 
-# %% ../../nbs/15_feature_files.ipynb #861b2304
+# %% ../../nbs/15_feature_files.ipynb #29897307
 def align(
     entries: dict,     # as `find_layout` gives them
     corpus: Corpus,
@@ -148,11 +148,12 @@ def align(
         if ids and corpus.name == "meld": ids = [f"{id}_utt{re.search(r'[0-9]*$', str(i))[0]}" for i in ids]
         utterances, how = match_utterances(c, len(numbers), ids, words)
         for place, (u, n) in enumerate(zip(utterances, numbers)):
-            same = words and (_plain(words[place]) == _plain(u.text) or SequenceMatcher(None, _plain(words[place]), _plain(u.text)).ratio() > 0.6)
-            rows.append((id, u.id, keys[id], place, how, order[int(n)] if 0 <= int(n) < len(order) else f"number {n}", u.label, same))
+            said, text = words and _plain(str(words[place])), _plain(u.text)
+            rows.append((id, u.id, keys[id], place, how, order[int(n)] if n in range(len(order)) else f"number {n}", u.label,
+                         words and (said == text or SequenceMatcher(None, said, text).ratio() > 0.6)))
     return pd.DataFrame(rows, columns=["conversation", "utterance", "key", "place", "how", "file_label", "label", "same_words"])
 
-# %% ../../nbs/15_feature_files.ipynb #acc878dd
+# %% ../../nbs/15_feature_files.ipynb #00fdc1d4
 TOLERATED = 0.01     # share of labels that may differ from the corpus', and of labelled utterances that may be missing
 
 def check_agreement(
@@ -173,7 +174,7 @@ def check_agreement(
                         "Check that the file was made from this corpus, and that its utterances stand in its order.", first.conversation, first.utterance)
     return found
 
-# %% ../../nbs/15_feature_files.ipynb #e27af96e
+# %% ../../nbs/15_feature_files.ipynb #f6871f09
 def _values(entry, rows, what):
     "One modality of the file, float32 (M, D), in the order of `rows`."
     matrices, width = {}, None
@@ -187,17 +188,18 @@ def _values(entry, rows, what):
                             "Get the file again from its authors.", str(key))
     return np.stack([matrices[k][i] for k, i in zip(rows.key, rows.place)])
 
+# %% ../../nbs/15_feature_files.ipynb #d014a5a8
 def _tell_splits(entries, corpus):
     "Whether the file's test conversations are the corpus'; what a reader must know of its other splits."
     theirs = {s: {_conversation_id(k, corpus.name) for k in entries[s]} for s in ("train", "validation", "test") if s in entries}
-    ours = {s: {c.id for c in corpus.splits[s]} for s in corpus.splits}
+    ours = {s: {c.id for c in convs} for s, convs in corpus.splits.items()}
     same = theirs["test"] == ours["test"] if "test" in theirs else None
-    sizes = ", ".join(f"{len(ids)} {s}" for s, ids in theirs.items())
-    told = [(theirs, f"the file's own split: {sizes} conversations; its test conversations are {'the' if same else 'not the'} corpus'. The corpus' split is used.")]
+    told = [(same is not None, f"the file's own split: {', '.join(f'{len(ids)} {s}' for s, ids in theirs.items())} conversations; its test conversations are "
+                               f"{'the' if same else 'not the'} corpus'. The corpus' split is used.")]
     for split in ("validation", "test"):
         seen = len(ours[split] & theirs.get("train", set()))
         told.append((seen, f"{split} conversations that the file trains on: {seen} of {len(ours[split])}; features of an encoder that was tuned on the file's training "
-                           f"labels (RoBERTa's are) make the scores on them too good."))
+                           "labels (RoBERTa's are) make scores on them too good."))
     return same, [t for met, t in told if met]
 
 def _tell_rows(rows, corpus):
@@ -217,7 +219,7 @@ def _tell_rows(rows, corpus):
             (left, f"unlabelled utterances, which the file leaves out: {left}; they stay in their conversations, not observed.")]
     return [t for met, t in told if met]
 
-# %% ../../nbs/15_feature_files.ipynb #5d27362f
+# %% ../../nbs/15_feature_files.ipynb #dece95c3
 @dataclass(frozen=True)
 class ImportedFeatures:
     "Feature stores made from a file of the field, and what was found on the way."
