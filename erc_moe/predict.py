@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict_file']
 
-# %% ../nbs/51_predict.ipynb #8f421463
+# %% ../nbs/51_predict.ipynb #3cf975b6
 from pathlib import Path
 
 from .conversations import DataError
@@ -13,16 +13,17 @@ from .corpora.core import read_table
 from .corpora.own import load_own
 from .training import Predictions, Run
 
-# %% ../nbs/51_predict.ipynb #f98c3b02
+# %% ../nbs/51_predict.ipynb #31bc9f63
 def predict_file(
     run: Run|str|Path,               # a finished run, or its folder
     table: str|Path,                 # conversations as .csv or .jsonl
     seed: int|None = None,           # of one model; None: probabilities averaged over seeds
     without: tuple[str, ...] = (),   # modalities to do without
+    sources: dict[str, str]|None = None,   # modality -> store that holds its features, for a run that was trained on a store
 ) -> Predictions:                    # conversations in the order of the file
     "Predict the emotions of the conversations in a file."
     run = run if isinstance(run, Run) else Run(run)
     if Path(table).suffix not in (".csv", ".jsonl"): raise DataError(f"{table} is neither .csv nor .jsonl", "Give a table with the columns conversation, speaker and text.")
     if not Path(table).is_file(): raise DataError(f"there is no file {table}", "Give a table with the columns conversation, speaker and text.")
     corpus, order = load_own(table, run.labels), {id: i for i, id in enumerate(read_table(table, ["conversation"])["conversation"].drop_duplicates())}
-    return run.predict(sorted(corpus.conversations, key=lambda c: order[c.id]), seed, corpus.arrays, tuple(without))
+    return run.predict(sorted(corpus.conversations, key=lambda c: order[c.id]), seed, corpus.arrays, tuple(without), sources)

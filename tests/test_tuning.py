@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from erc_moe import cli
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
 from erc_moe.features import FeatureStore
@@ -154,5 +155,23 @@ def test_an_embedding_that_was_stopped_carries_on(tuned, table, tmp_path):
     np.testing.assert_array_equal(again.lookup(kept)[0], whole.lookup(kept)[0] + 1)
 
 
-def test_another_corpus_is_not_embedded_with_folds(tuned, table, tmp_path):
-    with pytest.raises(DataError, match="is not the corpus that the encoders were cross-fitted on"): embed(tuned, load_corpus("sample"), tmp_path/"store")
+def test_part_of_the_corpus_is_not_embedded_with_folds(tuned, table, tmp_path):
+    part = load_corpus(table)
+    part = replace(part, splits=part.splits | {"train": part.splits["train"][:3]})
+    with pytest.raises(DataError, match="is not the corpus that the encoders were cross-fitted on"): embed(tuned, part, tmp_path/"store")
+
+
+def test_conversations_of_ones_own_are_embedded_and_predicted(tuned, table, tmp_path, capsys):
+    embed(tuned, load_corpus(table), tmp_path/"store", device="cpu")
+    assert cli.train(["--corpus", str(table), "--text", str(tmp_path/"store"), "--seeds", "1", "--set", "epochs=20", "--set", "hidden=8", "--set", "lr=2e-2", "--device", "cpu", "--out", str(tmp_path/"run")]) == 0
+    (tmp_path/"lunch.csv").write_text("conversation,speaker,text\nlunch,Ana,it was lovely\nlunch,Ben,the day was awful\n")
+    predict = [str(tmp_path/"run"), str(tmp_path/"lunch.csv")]
+    assert cli.predict(predict) == 1
+    assert "erc_moe_embed" in capsys.readouterr().err
+    assert cli.embed([str(tuned.folder), "--corpus", str(tmp_path/"lunch.csv"), "--out", str(tmp_path/"lunch"), "--device", "cpu"]) == 0
+    assert cli.predict([*predict, "--text", str(tmp_path/"lunch"), "--out", str(tmp_path/"said.csv")]) == 0
+    assert pd.read_csv(tmp_path/"said.csv").predicted.tolist() == ["joy", "anger"]
+    other = FeatureStore(tmp_path/"other", replace(tuned_extractor := FeatureStore(tmp_path/"lunch").extractor, revision="another"))
+    other.add(["lunch_0", "lunch_1"], np.zeros((2, tuned_extractor.width)))
+    assert cli.predict([*predict, "--text", str(tmp_path/"other")]) == 1
+    assert "is not what the model was trained with" in capsys.readouterr().err

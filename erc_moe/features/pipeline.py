@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #dbbe0ed3
+# %% ../../nbs/13_feature_pipeline.ipynb #ab4a0992
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 from .visual import DenseNetEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #6451619c
+# %% ../../nbs/13_feature_pipeline.ipynb #045fe55d
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, str]]:        # per term: its name, and "corpus", "conversation", or "" where none is written
@@ -39,7 +39,7 @@ def parse_source(
         terms.append((name, scope))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #6c334d38
+# %% ../../nbs/13_feature_pipeline.ipynb #23c51015
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -59,7 +59,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #8425d57f
+# %% ../../nbs/13_feature_pipeline.ipynb #3d36967f
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -68,7 +68,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #2b970335
+# %% ../../nbs/13_feature_pipeline.ipynb #4a5b5261
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -111,13 +111,13 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
             (n := len(ids) - len(inputs), f"{e.name}, utterances without what it is computed from: {n}; counted as not observed.")]
     return _Rows(values, present, asdict(e), _digest([(u, keys.get(u)) for u in ids]), [t for met, t in told if met])
 
-def _given(name, values, present, ids):
+def _given(name, values, present, ids, identity={}):
     "Rows of a table that somebody else computed."
     if not present.any():
         raise DataError(f"{name!r} has no row for any of the {len(ids)} utterances", "Check that its ids are the utterances' ids.", utterance=ids[0])
     values = np.where(present[:, None], values, np.nan).astype(np.float32)
     told = [] if present.all() else [f"{name}, utterances without a row: {(~present).sum()}; counted as not observed."]
-    return _Rows(values, present, {}, _digest(ids, values.tobytes()), told)
+    return _Rows(values, present, identity, _digest(ids, values.tobytes()), told)
 
 def _kind(source, arrays):
     "What a term's name stands for; `DataError` that lists what there is."
@@ -143,7 +143,9 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
     if kind == "densenet":
         encoder = DenseNetEncoder(source.removeprefix("densenet:"))
         return _extracted(encoder, encoder.rows, {u.id: u.video for u in utterances if u.video}, ids, cache, missing, progress)
-    if kind == "store": return _given(source, *FeatureStore(source).lookup(ids), ids)
+    if kind == "store":
+        store = FeatureStore(source)
+        return _given(source, *store.lookup(ids), ids, asdict(store.extractor))
     if kind == "file": return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)
     if source not in arrays:
         raise DataError(f"the features {source!r}, which came with the corpus that the model was trained on, are not given for these conversations",
@@ -151,7 +153,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #7253b982
+# %% ../../nbs/13_feature_pipeline.ipynb #ab6ead0f
 @dataclass
 class Part:
     "One fitted term of a source."
@@ -233,6 +235,18 @@ class FeaturePipeline:
         if not isinstance(data, Corpus): return done
         by_id = {c.id: c for c in done}
         return replace(data.map(lambda c: by_id[c.id]), faults=data.faults + self.told)
+
+    def with_sources(self,
+        sources: dict[str, str],       # modality -> where its features are taken from instead, as many terms as before
+    ) -> "FeaturePipeline":
+        "The same pipeline with other places for the same features: a store of other utterances, made by the same extractor, say."
+        parts = dict(self.parts)
+        for m, spec in sources.items():
+            names = [name for name, _ in parse_source(spec)]
+            if len(names) != len(parts.get(m, [])):
+                raise DataError(f"{m} features from {spec!r} cannot stand for {self.sources.get(m, 'none')!r}", "Name one place for each of its terms, in their order.")
+            parts[m] = [replace(p, source=name) for p, name in zip(parts[m], names)]
+        return replace(self, parts=parts)
 
     def _check(self, part, rows):
         if rows.identity != part.identity:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'configure', 'inverse_frequency', 'train']
 
-# %% ../../nbs/43_runs.ipynb #3bc8bc27
+# %% ../../nbs/43_runs.ipynb #2c6f7175
 import json
 from dataclasses import asdict, fields, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from .loop import SELECTION, ConversationTensors, TrainingConfig, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, result_table
 
-# %% ../../nbs/43_runs.ipynb #43dcf91e
+# %% ../../nbs/43_runs.ipynb #e721d191
 class Run:
     "A folder written by `train`: its summary, models and predictions."
     def __init__(self,
@@ -86,18 +86,19 @@ class Run:
         conversations: list[Conversation],                  # as read
         arrays: dict[str, FeatureTable]|None = None,        # precomputed features of these conversations, where the run was trained with such
         without: tuple[str, ...] = (),                      # modalities to do without: marked absent throughout
+        sources: dict[str, str]|None = None,                # modality -> where its features are instead: a store of these conversations, by the same extractor
     ) -> list[Conversation]:
         "Attach the features that the run was trained with; a `DataError` where a modality is observed nowhere."
         widths, pipeline = self.summary["features"]["widths"], self.pipeline
         for m in without:
             if m not in widths: raise DataError(f"the run was not trained with {m!r}", f"It takes {', '.join(widths)}.")
-        left = replace(pipeline, parts={m: p for m, p in pipeline.parts.items() if m not in without})
+        left = replace(pipeline, parts={m: p for m, p in pipeline.parts.items() if m not in without}).with_sources(sources or {})
         ids = [u.id for c in conversations for u in c.utterances]
         for m, p in ((m, p) for m, parts in left.parts.items() for p in parts if p.kind == "store"):
             for lacking in FeatureStore(p.source).missing(ids)[:1]:
                 raise DataError(f"the run's {m} features come from the store {p.source}, which has none of it",
-                                f"Extract it into the store too, or say without=[{m!r}] (--without {m}); a run that is to predict other conversations is trained "
-                                "with features computed from text and sound, not with an imported file's.", utterance=lacking)
+                                f"Embed these conversations with the same encoder (erc_moe_embed) and name that store (--{m} STORE), or say without=[{m!r}] (--without {m}). "
+                                "For features of an imported file there is no encoder to be had: train with others to predict other conversations.", utterance=lacking)
         ready = left.apply(conversations, arrays) if left.parts else conversations
         for m in without: ready = [c.with_features(m, np.zeros((len(c), widths[m])), np.zeros(len(c), bool)) for c in ready]
         for m in left.parts:
@@ -110,10 +111,11 @@ class Run:
         seed: int|None = None,                              # of one model; None: probabilities averaged over all seeds
         arrays: dict[str, FeatureTable]|None = None,        # see `prepare`
         without: tuple[str, ...] = (),                      # see `prepare`
+        sources: dict[str, str]|None = None,                # see `prepare`
         prepared: bool = False,                             # True: they carry the run's features already
     ) -> Predictions:
         "What the trained models say about conversations."
-        ready = conversations if prepared else self.prepare(conversations, arrays, without)
+        ready = conversations if prepared else self.prepare(conversations, arrays, without, sources)
         data = ConversationTensors(ready, self.labels, self.summary["features"]["widths"])
         return Predictions.of(conversations, self.labels, [score(self.model(s), data) for s in (self.seeds if seed is None else [seed])])
 
@@ -127,7 +129,7 @@ class Run:
         prepared = self.pipeline.apply(corpus)
         return {s: gather_seeds([figures(self.predict(prepared.splits[s], seed, prepared=True)) for seed in self.seeds]) for s in splits}
 
-# %% ../../nbs/43_runs.ipynb #7f85246d
+# %% ../../nbs/43_runs.ipynb #6c46388e
 def configure(
     model: str,                           # "mister_e"
     corpus: Corpus,
@@ -156,7 +158,7 @@ def inverse_frequency(corpus: Corpus) -> list[float]:
     labels = [l for c in corpus.splits["train"] for l in c.labels if l is not None]
     return [len(labels)/(len(corpus.labels)*max(1, labels.count(l))) for l in corpus.labels]
 
-# %% ../../nbs/43_runs.ipynb #3b6e965a
+# %% ../../nbs/43_runs.ipynb #1876ced5
 def train(
     model: str,                           # "mister_e"
     corpus: str|Corpus,                   # "sample", "meld", ..., a path to your own table, or a corpus
