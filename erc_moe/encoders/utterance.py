@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'ADAPTATIONS', 'ENCODERS', 'Pooling', 'EncoderConfig', 'transformer_layers', 'adapt', 'EncoderOutput',
            'UtteranceBatch', 'UtteranceEncoder', 'load_encoder', 'UtteranceData']
 
-# %% ../../nbs/27_utterance_encoder.ipynb #3ea76500
+# %% ../../nbs/27_utterance_encoder.ipynb #ab42d0d7
 import json
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from ..features.store import atomic_write
 from ..features.text import Pretrained, token_batches
 from ..losses import LossParts, focal_loss
 
-# %% ../../nbs/27_utterance_encoder.ipynb #731d0e16
+# %% ../../nbs/27_utterance_encoder.ipynb #4152b4a5
 POOLINGS = ("attentive", "mean", "first", "last")
 
 class Pooling(nn.Module):
@@ -55,7 +55,7 @@ class Pooling(nn.Module):
         spread = torch.einsum("bt,btd->bd", weights.to(hidden), (real - mean[:, None]).square())                 # exact where all states are alike
         return torch.cat([mean, spread.clamp_min(1e-9).sqrt()], 1)
 
-# %% ../../nbs/27_utterance_encoder.ipynb #abb6d6fb
+# %% ../../nbs/27_utterance_encoder.ipynb #406b9700
 ADAPTATIONS = ("lora", "full", "frozen")
 
 @dataclass(kw_only=True)
@@ -109,7 +109,8 @@ def adapt(
     if config.recompute:
         base.gradient_checkpointing_enable(dict(use_reentrant=False))
     if config.adaptation == "lora":
-        from peft import LoraConfig, get_peft_model
+        try: from peft import LoraConfig, get_peft_model
+        except ImportError as e: raise DataError("LoRA needs peft, which is not installed", "pip install 'erc_moe[peft]', or take adaptation=full.") from e
         try: return get_peft_model(base, LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.lora_dropout, target_modules=config.targets))
         except ValueError as e:
             raise DataError(f"LoRA does not know where to go in {type(base).__name__} ({e})", "Name its matrices in targets, for example q_proj and v_proj.") from e
@@ -121,7 +122,7 @@ def adapt(
         if config.frozen_layers: transformer_layers(base)[1][:config.frozen_layers].requires_grad_(False)
     return base
 
-# %% ../../nbs/27_utterance_encoder.ipynb #b6d09805
+# %% ../../nbs/27_utterance_encoder.ipynb #c7a0813d
 @dataclass
 class EncoderOutput:
     "What an utterance encoder says of a batch."
@@ -239,7 +240,7 @@ def load_encoder(
         for n, p in trained.items(): p.copy_(state[n])
     return encoder.eval()
 
-# %% ../../nbs/27_utterance_encoder.ipynb #a00edad8
+# %% ../../nbs/27_utterance_encoder.ipynb #8e0fc67c
 class UtteranceData:
     "The utterances of conversations, one after the other, and batches of them."
     def __init__(self,
