@@ -7,13 +7,13 @@ __all__ = ['CORPUS', 'DATA', 'TEXT', 'SPEECH', 'VISUAL', 'FEATURES', 'RUN', 'DEV
            'CHECKPOINT', 'train', 'evaluate', 'predict', 'tune', 'embed', 'report', 'extract', 'import_file',
            'download']
 
-# %% ../nbs/53_commands.ipynb #9852b5ea
+# %% ../nbs/53_commands.ipynb #b122d828
 import argparse, shlex, sys
 from pathlib import Path
 
 from .conversations import DataError
 
-# %% ../nbs/53_commands.ipynb #bba7ec75
+# %% ../nbs/53_commands.ipynb #59651dde
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         "One line, and where to read more."
@@ -46,12 +46,12 @@ def _command(
         return main
     return wrap
 
-# %% ../nbs/53_commands.ipynb #05911eb2
+# %% ../nbs/53_commands.ipynb #9f0a72be
 CORPUS = ("--corpus", dict(required=True, metavar="NAME", help="Which corpus: sample, meld, emorynlp, iemocap, mosi, or the path of your own CSV or JSONL table."))
 DATA = ("--data", dict(metavar="DIR", help="The folder that holds the corpora (meld/, iemocap/, ...) or the corpus itself. Without it, the environment variable ERC_MOE_DATA is read; the sample corpus needs none."))
 TEXT = ("--text", dict(metavar="SOURCE", help="What becomes of the words: minilm, hf:NAME for any text encoder on the Hugging Face hub (or in a local folder), an array that came with the corpus, or the path of a feature store. Without it the model reads no text."))
 SPEECH = ("--speech", dict(metavar="SOURCE", help="What becomes of the voice: an openSMILE set (egemaps, is09, is10, compare), arrays that came with the corpus (prosody8, gemaps47, audio73), or the path of a feature store (erc_moe_embed and erc_moe_extract write them). Several are joined with +. Without it the model hears nothing."))
-VISUAL = ("--visual", dict(metavar="SOURCE", help="What becomes of the face: the path of a feature store. Without it the model sees nothing."))
+VISUAL = ("--visual", dict(metavar="SOURCE", help="What becomes of the face: densenet:NAME for a DenseNet on the Hugging Face hub (timm/densenet121.ra_in1k) or in a local folder, over the utterances' video files or folders of face crops; an array that came with the corpus; or the path of a feature store, a .npy or a .safetensors file. Without it the model sees nothing."))
 FEATURES = ("--features", dict(metavar="FILE", help="A feature file that the field passes around: a pickle of DialogueRNN, MMGCN, COSMIC, SDT or GraphSmile, or MultiEMO's folder. It is read by a restricted unpickler, which runs nothing and refuses a file that asks for more than arrays and containers; it is checked against the corpus, and gives every modality that it holds unless --text, --speech or --visual name another source for it (none leaves it out)."))
 RUN = ("run", dict(metavar="RUN", help="A folder that erc_moe_train wrote."))
 DEVICE = ("--device", dict(choices=["auto", "cpu"], default="auto", help="Where to compute: auto takes the GPU if there is one (several with accelerate launch), cpu never does."))
@@ -70,7 +70,7 @@ OUT = ("--out", dict(required=True, metavar="RUN", help="The run's folder. Seeds
 SET = ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="Change one field of the model's or the training's configuration; may be given several times. A wrong name lists the right ones."))
 CHECKPOINT = ("--checkpoint-seconds", dict(type=float, default=30, metavar="S", help="The least time between two checkpoints; what a kill can cost (default: 30)."))
 
-# %% ../nbs/53_commands.ipynb #866f3bbc
+# %% ../nbs/53_commands.ipynb #269da229
 @_command("erc_moe_train", "Train a model on a corpus with several seeds, and print the result: weighted F1 of the mixture and of each expert, mean and "
           "standard deviation over seeds. Everything goes to one folder, which is enough to predict with. The same command carries on where it was stopped.",
           "erc_moe_train --model mister_e --corpus iemocap --data corpora --text minilm --speech gemaps47+prosody8 --preset cpu --seeds 3 --out runs/iemocap",
@@ -93,7 +93,7 @@ def _print_result(summary, folder):
     print(result_table(summary).to_string())
     print(f"weighted F1 in percent, mean ± standard deviation over seeds; 95 %: bootstrap over conversations. All in {folder}")
 
-# %% ../nbs/53_commands.ipynb #1da95af5
+# %% ../nbs/53_commands.ipynb #eaa9f0a5
 @_command("erc_moe_evaluate", "Score the saved models of a run again, on the corpus they were trained on or on another one with the same labels, and print "
           "the result per split and per class.",
           "erc_moe_evaluate runs/iemocap --data corpora",
@@ -116,9 +116,9 @@ def evaluate(args):
     print(pd.DataFrame({s: {l: percent(x) for l, x in f["per_class_f1"].items()} for s, f in scored.items()}).to_string())
     if args.out: write_json(Path(args.out), scored)
 
-# %% ../nbs/53_commands.ipynb #67fec6a0
+# %% ../nbs/53_commands.ipynb #9bfa9898
 @_command("erc_moe_predict", "Say which emotion every utterance of your conversations has. The table needs the columns conversation, speaker and text, and "
-          "audio (a path relative to the table) if the model listens; a label column may be there and is passed through.",
+          "audio or video (a path relative to the table) if the model listens or sees; a label column may be there and is passed through.",
           "erc_moe_predict runs/meld conversation.csv --out predictions.csv",
           RUN,
           ("table", dict(metavar="TABLE", help="Your conversations as CSV or JSONL.")),
@@ -135,7 +135,7 @@ def predict(args):
     if len(table) > len(shown): print(f"... and {len(table) - len(shown)} more utterances")
     if args.out: print(f"written to {predictions.write(args.out)}")
 
-# %% ../nbs/53_commands.ipynb #e5ae0026
+# %% ../nbs/53_commands.ipynb #0be5cea2
 @_command("erc_moe_tune", "Tune a text or speech encoder on the single utterances of a corpus (stage 1), with several seeds, and print the result. Only train labels are learnt from, "
           "and the epoch is chosen on validation. The same command carries on where it was stopped, and runs on several GPUs under accelerate launch.",
           "erc_moe_tune --modality text --encoder minilm --corpus meld --data corpora --folds 4 --seeds 1 --out runs/meld-minilm",
@@ -163,7 +163,7 @@ def embed(args):
     store = tuning.embed(tuning.TunedRun(args.run), load_corpus(args.corpus, args.data), args.out, args.seed, args.others, args.device, progress=True)
     if first_process(): print(store)
 
-# %% ../nbs/53_commands.ipynb #85584f7a
+# %% ../nbs/53_commands.ipynb #9af5def0
 @_command("erc_moe_report", "Write a page with the pictures of a run: results, training curves, confusion, per class, gate weights, reliability, and "
           "test conversations turn by turn. It is one HTML file that needs nothing beside it.",
           "erc_moe_report runs/iemocap", RUN)
@@ -171,26 +171,31 @@ def report(args):
     from erc_moe.report import write_report
     print(f"written to {write_report(args.run)}")
 
-@_command("erc_moe_extract", "Compute features for a corpus once and keep them in a folder, which can then be named in place of their source. Give --text or "
-          "--speech, one at a time.",
+@_command("erc_moe_extract", "Compute features for a corpus once and keep them in a folder, which can then be named in place of their source. Give --text, "
+          "--speech or --visual, one at a time.",
           "erc_moe_extract --corpus meld --data corpora --text minilm --out features/meld-minilm", CORPUS, DATA,
           ("--text", dict(metavar="ENCODER", help="The text encoder: minilm, or hf:NAME for any on the Hugging Face hub or in a local folder.")),
           ("--speech", dict(metavar="SET", help="The openSMILE set: egemaps, is09, is10 or compare.")),
+          ("--visual", dict(metavar="DENSENET", help="densenet:NAME, a DenseNet on the Hugging Face hub or in a local folder, over video files or folders of face crops.")),
           ("--missing", dict(choices=["error", "absent"], default="error", help="What to do about a clip that cannot be read: stop and name it, or write down that it is absent (default: error).")),
           ("--out", dict(required=True, metavar="STORE", help="The folder of the feature store. An extraction that was stopped carries on.")))
 def extract(args):
     from erc_moe.corpora import load_corpus
     from erc_moe import features
-    if bool(args.text) == bool(args.speech): raise DataError("one kind of features at a time", "Give either --text or --speech.")
+    if sum(map(bool, (args.text, args.speech, args.visual))) != 1: raise DataError("one kind of features at a time", "Give --text, --speech or --visual.")
     utterances = [u for c in load_corpus(args.corpus, args.data).conversations for u in c.utterances]
     if args.text:
         source, items = features.TextEncoder(args.text.removeprefix("hf:")), {u.id: u.text for u in utterances if u.text.strip()}
         compute = source.embed
+    elif args.visual:
+        source, items = features.DenseNetEncoder(args.visual.removeprefix("densenet:")), {u.id: u.video for u in utterances if u.video}
+        compute = source.rows
     else:
         source, items = features.OpenSmile(args.speech), {u.id: u.audio for u in utterances if u.audio}
         compute = source.rows
-    if not items: raise DataError(f"no utterance of {args.corpus} has {'words' if args.text else 'a sound file'}", "Check the corpus' folder.")
+    if not items: raise DataError(f"no utterance of {args.corpus} has {'words' if args.text else 'a video' if args.visual else 'a sound file'}", "Check the corpus' folder.")
     store = features.extract(features.FeatureStore(args.out, source.extractor), items, compute, args.missing, progress=True)
+    if absent := {u.id: "there is nothing to compute it from" for u in utterances if u.id not in store}: store.add([], [], absent)
     print(f"{len(items)} of {len(utterances)} utterances: {store}")
 
 @_command("erc_moe_import", "Turn a feature file that the field passes around (a pickle of DialogueRNN, MMGCN, COSMIC, SDT or GraphSmile, or MultiEMO's folder) into "

@@ -195,7 +195,7 @@ def test_extract_and_use(table, tmp_path, capsys):
     ("evaluate", ["nowhere"], 1, "holds no summary.json"),
     ("predict", ["nowhere", "talk.csv"], 1, "holds no summary.json"),
     ("report", ["nowhere"], 1, "holds no summary.json"),
-    ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give either --text or --speech"),
+    ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give --text, --speech or --visual"),
     ("download", ["iemocap", "--out", "x"], 1, "not openly downloadable")])
 def test_mistakes_end_with_one_line(name, args, status, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
