@@ -25,15 +25,27 @@ test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
 
-TRAIN = $(BIN)/erc_moe_train --text minilm --preset cpu --seeds 3 --protocol strict --model
+TRAIN = $(BIN)/erc_moe_train --preset cpu --seeds 3 --protocol strict --model
+SURE_ROWS = frozen no-moe no-reasoning learned-router text speech
+define sure_rows    # SURE and its ablations on corpus $(1) with the speech source $(2), and how far each differs from the whole
+	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --out runs/sure-$(1)-frozen
+	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --set moe=false --out runs/sure-$(1)-no-moe
+	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --set reasoning=false --out runs/sure-$(1)-no-reasoning
+	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --set routing=learned --out runs/sure-$(1)-learned-router
+	$(TRAIN) sure --corpus $(1) --text minilm --out runs/sure-$(1)-text
+	$(TRAIN) sure --corpus $(1) --speech $(2) --out runs/sure-$(1)-speech
+	for row in $(SURE_ROWS); do cp runs/sure-$(1)-$$row/summary.json results/sure-$(1)-$$row.json; done
+	$(BIN)/python tools/differences.py $(SURE_ROWS:%=runs/sure-$(1)-%) runs/mister_e-$(1)-frozen
+endef
+
 results: setup   ## train on the real corpora (ERC_MOE_DATA names their folder) and renew results/
-	$(TRAIN) mister_e --corpus iemocap --speech gemaps47+prosody8 --out runs/mister_e-iemocap-frozen
-	$(TRAIN) mister_e --corpus meld --speech prosody8 --out runs/mister_e-meld-frozen
-	$(TRAIN) mister_e --corpus mosi --speech audio73 --out runs/mister_e-mosi-frozen
-	$(TRAIN) mister_e --corpus emorynlp --out runs/mister_e-emorynlp-frozen
-	$(TRAIN) sure --corpus iemocap --speech gemaps47+prosody8 --out runs/sure-iemocap-frozen
-	$(TRAIN) sure --corpus meld --speech prosody8 --out runs/sure-meld-frozen
-	for run in runs/*-frozen; do cp $$run/summary.json results/$$(basename $$run).json; done
+	$(TRAIN) mister_e --corpus iemocap --text minilm --speech gemaps47+prosody8 --out runs/mister_e-iemocap-frozen
+	$(TRAIN) mister_e --corpus meld --text minilm --speech prosody8 --out runs/mister_e-meld-frozen
+	$(TRAIN) mister_e --corpus mosi --text minilm --speech audio73 --out runs/mister_e-mosi-frozen
+	$(TRAIN) mister_e --corpus emorynlp --text minilm --out runs/mister_e-emorynlp-frozen
+	for run in runs/mister_e-*-frozen; do cp $$run/summary.json results/$$(basename $$run).json; done
+	$(call sure_rows,iemocap,gemaps47+prosody8)
+	$(call sure_rows,meld,prosody8)
 	$(BIN)/python tools/baselines.py sample --speech egemaps
 	$(BIN)/python tools/baselines.py iemocap --speech gemaps47+prosody8
 	$(BIN)/python tools/baselines.py meld --speech prosody8
