@@ -3,29 +3,18 @@
     python benchmarks/sure.py                          # paper size, some minutes on two cores
     python benchmarks/sure.py --preset cpu --steps 3
 
-The mixture of experts (section 2.3), all modalities, forward and backward: "batched" is ours, "loop" the plain form that walks through time steps
-and, within a step, through experts, over padded conversations. Both have the same weights and the same loss.
-The training step is forward, the full loss, backward, clipping at norm 1 and AdamW. Its bound is the time of the floating-point operations of its
-matrix products with weights (6 x parameters x real utterances, the query LSTM counted once per step of the reasoning) at the best GEMM
-rate that this machine shows in the same run.
-Every form runs in a process of its own, so that its peak memory is its own; the forms take turns, and medians are compared.
+The mixture of experts (section 2.3), all modalities, forward and backward: "experts" is ours, "experts, loop" the plain form that walks through
+time steps and, within a step, through experts, over padded conversations. Both have the same weights and the same loss.
+"training step" is forward, the full loss, backward, clipping at norm 1 and AdamW; its bound counts the query LSTM once per step of the reasoning.
+How it is measured: common.py.
 """
-import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
-
 import torch
 from torch import nn
 
-from erc_moe.conversations import ConversationBatch
+from common import Form, benchmark, training
 from erc_moe.sure import Sure, SureConfig
 from erc_moe.sure.experts import GaussianExperts, Routing
 from erc_moe.sure.model import MODALITIES
-from mister_e import gemm_rate
 
 
 class Batched(nn.Module):
@@ -72,90 +61,25 @@ class Loop(Batched):
         return told
 
 
-def random_batch(generator, lengths, width, classes) -> ConversationBatch:
-    "Conversations of the given lengths: random features in three modalities, two speakers, a quarter of the utterances unlabelled (as in IEMOCAP)."
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    labels = torch.randint(classes, mask.shape, generator=generator)
-    labels[torch.rand(mask.shape, generator=generator) < .25] = -1
-    return ConversationBatch({m: torch.randn(*mask.shape, width, generator=generator) * mask[..., None] for m in MODALITIES}, mask,
-                             {m: mask for m in MODALITIES}, labels.where(mask, -1), torch.randint(2, mask.shape, generator=generator) * mask,
-                             [str(i) for i in range(len(mask))], [[]]*len(mask))
+def config(args):
+    return getattr(SureConfig, args.preset)("iemocap", dict.fromkeys(MODALITIES, args.width), args.classes)
 
 
-def worker(form, args):
-    "Answer every line on stdin with the time of one step, and then tell the peak memory."
-    generator = torch.Generator().manual_seed(args.seed)
-    lengths = [torch.randint(args.shortest, args.longest + 1, (args.batch,), generator=generator) for _ in range(3)]
-    config = getattr(SureConfig, args.preset)("iemocap", dict.fromkeys(MODALITIES, args.width), args.classes)
-    batches = [random_batch(generator, l, args.width if form == "sure" else config.width, args.classes) for l in lengths]
-    torch.manual_seed(args.seed)
-    model = {"batched": Batched, "loop": Loop, "sure": Sure}[form](config).train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if form == "sure" else None
-
+def experts(model):
+    "Forward and backward of the mixtures, with the terms of the experts' loss."
     def step(batch):
-        if form == "sure":
-            model.loss(model(batch), batch).total.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        else: sum(z.square().mean() + r.divergence.mean() + r.balance for z, r in model(batch).values()).backward()
+        sum(z.square().mean() + r.divergence.mean() + r.balance for z, r in model(batch).values()).backward()
         model.zero_grad()
-
-    step(batches[0])
-    if args.profile:
-        with torch.profiler.profile() as profiler: step(batches[1])
-        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=45), file=sys.stderr)
-    products = sum(p.numel() for p in parameters)
-    if form == "sure": products += sum((config.steps - 1)*p.numel() for net in model.reasoning.values() for p in net.reader.parameters())
-    print(json.dumps(dict(parameters=sum(p.numel() for p in parameters), products=products)), flush=True)
-    for i, _ in enumerate(sys.stdin):
-        batch = batches[i % len(batches)]
-        begin = time.perf_counter()
-        step(batch)
-        print(json.dumps(dict(seconds=time.perf_counter() - begin, utterances=int(batch.mask.sum()),
-                              memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)), flush=True)
+    return Form(model.train(), step)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=("paper", "cpu"), default="paper", help="which sizes to train")
-    parser.add_argument("--width", type=int, default=1024, help="width of the features of every modality")
-    parser.add_argument("--classes", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=16, help="conversations in a batch")
-    parser.add_argument("--shortest", type=int, default=20, help="utterances of the shortest conversation")
-    parser.add_argument("--longest", type=int, default=110, help="utterances of the longest conversation")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each form, of which medians are shown")
-    parser.add_argument("--gemm-seconds", type=float, default=.3, help="time for each shape of the GEMM measurement, at every step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--forms", nargs="+", choices=("batched", "loop", "sure"), default=["batched", "loop", "sure"])
-    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
-    parser.add_argument("--worker", choices=("batched", "loop", "sure"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker: return worker(args.worker, args)
-
-    command = [sys.executable, *sys.argv]
-    workers = {f: subprocess.Popen([*command, "--worker", f], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for f in args.forms}
-    size = {f: json.loads(w.stdout.readline()) for f, w in workers.items()}
-    said, gemm = {f: [] for f in workers}, 0.
-    for _ in range(args.steps):
-        gemm = max(gemm, gemm_rate(args.gemm_seconds))
-        for f, w in workers.items():
-            w.stdin.write("step\n"); w.stdin.flush()
-            said[f].append(json.loads(w.stdout.readline()))
-    for w in workers.values(): w.stdin.close(); w.wait()
-
-    print(f"SURE, preset {args.preset}, three modalities, batches of {args.batch} conversations of {args.shortest}-{args.longest} utterances, "
-          f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}, medians of {args.steps} steps")
-    print(f"GEMM rate: {gemm/1e9:.0f} GFLOP/s")
-    names = dict(batched="experts, batched", loop="experts, loop", sure="training step")
-    speed = {}
-    for f, steps in said.items():
-        speed[f] = statistics.median(s["utterances"]/s["seconds"] for s in steps)
-        bound = gemm / (6*size[f]["products"])
-        print(f"{names[f]:17s} {size[f]['parameters']/1e6:6.2f} M parameters  {speed[f]:7.1f} utterances/s  {speed[f]/bound:5.1%} of the bound  "
-              f"peak memory {max(s['memory'] for s in steps)/2**30:.2f} GiB")
-    if {"batched", "loop"} <= speed.keys(): print(f"experts, batched / loop: {speed['batched']/speed['loop']:.2f}")
+def whole(args):
+    model = Sure(config(args))
+    return training(model, sum((model.config.steps - 1)*p.numel() for net in model.reasoning.values() for p in net.reader.parameters()))
 
 
 if __name__ == "__main__":
-    main()
+    benchmark("SURE", __doc__, {"experts": lambda args: experts(Batched(config(args))), "experts, loop": lambda args: experts(Loop(config(args))),
+                                "training step": whole},
+              lambda args: dict.fromkeys(MODALITIES, args.width if args.worker == "training step" else config(args).width),
+              [("experts", "experts, loop")], dict(width=1024, batch=16, longest=110))
