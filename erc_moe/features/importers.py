@@ -6,7 +6,7 @@
 __all__ = ['MODALITIES', 'LABEL_ORDER', 'MELD_FIRST', 'MAY_BE', 'NAMES', 'PARTS', 'LAYOUTS', 'TOLERATED', 'Layout', 'describe',
            'find_layout', 'match_utterances', 'align', 'check_agreement', 'ImportedFeatures', 'import_features']
 
-# %% ../../nbs/15_feature_files.ipynb #ffd11b74
+# %% ../../nbs/15_feature_files.ipynb #598155ce
 import hashlib
 import json
 import re
@@ -25,7 +25,7 @@ from .pickles import read_pickle
 from .pipeline import cache_folder
 from .store import Extractor, FeatureStore, atomic_write
 
-# %% ../../nbs/15_feature_files.ipynb #2e80c12d
+# %% ../../nbs/15_feature_files.ipynb #65ad12c9
 MODALITIES = {"text": "videoText", "speech": "videoAudio", "visual": "videoVisual"}      # modality -> what the field calls it
 LABEL_ORDER = {"iemocap": ["happy", "sad", "neutral", "angry", "excited", "frustrated"],
                "meld": ["neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger"]}   # the number of a label is its place
@@ -59,7 +59,7 @@ LAYOUTS = [
     Layout("multiemo-iemocap", "iemocap", "ids speakers labels - - - - train test text speech visual", "MultiEMO: a folder with Speakers.pkl"),
     Layout("multiemo-meld", "meld", "ids speakers labels - - - - train test - text speech visual", "MultiEMO: a folder with Speakers.pkl")]
 
-# %% ../../nbs/15_feature_files.ipynb #0b613ece
+# %% ../../nbs/15_feature_files.ipynb #86330674
 def _kind(entry):
     "list: names of conversations; strings, numbers, vectors: per conversation, by utterance; otherwise the type's name."
     if isinstance(entry, (list, tuple, set, frozenset, range)) or isinstance(entry, np.ndarray) and entry.ndim == 1: return "list"
@@ -89,17 +89,21 @@ def find_layout(
         raise DataError(f"there is no layout {layout!r}", f"The layouts are {', '.join(l.name for l in LAYOUTS)}.")
     if isinstance(value, dict) and layout is None:
         known = any(k in NAMES for k in value)
-        candidates, value = [Layout("named", corpus, " ".join(NAMES.get(k, "-") for k in value))] if known else [], list(value.values()) if known else value
+        candidates = [Layout("named", corpus, " ".join(NAMES.get(k, "-") for k in value))] if known else []
+        value = list(value.values()) if known else value
     else: candidates = [layout] if isinstance(layout, Layout) else [l for l in LAYOUTS if layout in (None, l.name)]
-    fits = [(l, dict(zip(names, value))) for l in candidates if isinstance(value, (list, tuple)) and len(names := l.entries.split()) == len(value)
-            and all(n == "-" or _kind(e) in MAY_BE[n] for n, e in zip(names, value)) and "labels" in names and MODALITIES.keys() & set(names)]
+    fits = [(l, dict(zip(names, value))) for l in candidates
+            if isinstance(value, (list, tuple)) and len(names := l.entries.split()) == len(value) and "labels" in names
+            and MODALITIES.keys() & set(names) and all(n == "-" or _kind(e) in MAY_BE[n] for n, e in zip(names, value))]
     mine = [(l, entries) for l, entries in fits if layout or l.corpus == corpus or corpus not in LABEL_ORDER]
     if len(mine) == 1: return mine[0]
-    problem = (f"the file does not fit the layout {getattr(layout, 'name', layout)}" if layout else f"more than one layout fits the file ({some(l.name for l, _ in mine)})" if mine
-               else f"the file fits {some(l.name for l, _ in fits)}, but no layout of {corpus}" if fits else f"the file fits no layout that is known for {corpus}")
+    if layout: problem = f"the file does not fit the layout {getattr(layout, 'name', layout)}"
+    elif mine: problem = f"more than one layout fits the file ({some(l.name for l, _ in mine)})"
+    elif fits: problem = f"the file fits {some(l.name for l, _ in fits)}, but no layout of {corpus}"
+    else: problem = f"the file fits no layout that is known for {corpus}"
     raise DataError(f"{problem}; it has {describe(value)}", "Name its layout, or declare one: Layout(name, corpus, entries).")
 
-# %% ../../nbs/15_feature_files.ipynb #4fb97e46
+# %% ../../nbs/15_feature_files.ipynb #21615d0c
 def _conversation_id(key, corpus):
     if corpus != "meld" or not str(key).isdigit(): return str(key)
     split, first = next((s, first) for s, first in reversed(MELD_FIRST.items()) if int(key) >= first)
@@ -123,10 +127,10 @@ def match_utterances(
     if len(found) == n: return found, "words"
     labelled = [u for u in conv.utterances if u.label is not None]
     if n in (len(labelled), len(conv)): return labelled if n == len(labelled) else list(conv.utterances), "place"
-    raise DataError(f"the file has {n} utterances for it, the corpus {len(conv)} ({len(labelled)} labelled), and neither ids nor words tell which is which",
-                    "Check that the file was made from this corpus.", conv.id)
+    raise DataError(f"the file has {n} utterances for it, the corpus {len(conv)} ({len(labelled)} labelled), and neither ids nor "
+                    "words tell which is which", "Check that the file was made from this corpus.", conv.id)
 
-# %% ../../nbs/15_feature_files.ipynb #29897307
+# %% ../../nbs/15_feature_files.ipynb #42ef5d86
 def align(
     entries: dict,     # as `find_layout` gives them
     corpus: Corpus,
@@ -138,10 +142,11 @@ def align(
         raise DataError(f"the file has a conversation {keys[id]!r} ({len(keys)} in all), which is not in {corpus.name} ({len(convs)})",
                         "Check that the file belongs to this corpus.", id)
     for id in [i for i, c in convs.items() if i not in keys and any(c.labels)][:1]:
-        raise DataError(f"the file lacks it: {len(keys)} conversations in the file, {len(convs)} in {corpus.name}", "Check that the file is whole.", id)
+        raise DataError(f"the file lacks it: {len(keys)} conversations in the file, {len(convs)} in {corpus.name}",
+                        "Check that the file is whole.", id)
     for id, c in convs.items():
         if id not in keys: continue
-        numbers, ids, words = (None if name not in entries else list(entries[name].get(keys[id], ())) for name in ("labels", "ids", "sentences"))
+        numbers, ids, words = (list(entries[name].get(keys[id], ())) if name in entries else None for name in ("labels", "ids", "sentences"))
         for name, values in (("ids", ids), ("sentences", words)):
             if values is not None and len(values) != len(numbers):
                 raise DataError(f"the file has {len(numbers)} labels and {len(values)} {name} for it", "Get the file again from its authors.", id)
@@ -153,7 +158,7 @@ def align(
                          words and (said == text or SequenceMatcher(None, said, text).ratio() > 0.6)))
     return pd.DataFrame(rows, columns=["conversation", "utterance", "key", "place", "how", "file_label", "label", "same_words"])
 
-# %% ../../nbs/15_feature_files.ipynb #00fdc1d4
+# %% ../../nbs/15_feature_files.ipynb #a546432d
 TOLERATED = 0.01     # share of labels that may differ from the corpus', and of labelled utterances that may be missing
 
 def check_agreement(
@@ -161,7 +166,8 @@ def check_agreement(
 ) -> dict[str, float]:    # share of utterances whose labels agree; and words, where the file has them
     "`DataError` at the first utterance of the first conversation where most of what should agree does not, or if over 1 % do not."
     found = {}
-    for what, agree, known in (("labels", rows.file_label == rows.label, rows.label.notna()), ("words", rows.same_words == True, rows.same_words.notna())):
+    for what, agree, known in (("labels", rows.file_label == rows.label, rows.label.notna()),
+                               ("words", rows.same_words == True, rows.same_words.notna())):
         differ = ~agree & (known | (what == "labels"))
         if not known.any(): continue
         found[what] = float(1 - differ.sum()/(known | (what == "labels")).sum())
@@ -169,37 +175,40 @@ def check_agreement(
         bad = here.index[(here["sum"] > 2) & (here["mean"] > 0.5)]
         if not len(bad) and (what == "words" or found[what] >= 1 - TOLERATED): continue
         first = rows[differ & (rows.conversation.isin(bad[:1]) if len(bad) else True)].iloc[0]
-        reads = f"{first.file_label!r} in the file and {first.label!r} in the corpus" if what == "labels" else "other words in the file than in the corpus"
+        reads = (f"{first.file_label!r} in the file and {first.label!r} in the corpus" if what == "labels"
+                 else "other words in the file than in the corpus")
         raise DataError(f"the file's {what} agree with the corpus' in {found[what]:.1%} of {len(rows)} utterances; here: {reads}",
                         "Check that the file was made from this corpus, and that its utterances stand in its order.", first.conversation, first.utterance)
     return found
 
-# %% ../../nbs/15_feature_files.ipynb #f6871f09
+# %% ../../nbs/15_feature_files.ipynb #92214439
 def _values(entry, rows, what):
     "One modality of the file, float32 (M, D), in the order of `rows`."
     matrices, width = {}, None
     for key, count in rows.groupby("key", sort=False).size().items():
         try: matrices[key] = np.stack([np.asarray(row, np.float32) for row in entry[key]])
         except (KeyError, ValueError, TypeError) as e:
-            raise DataError(f"the file's {what} cannot be read for it ({type(e).__name__}: {e})", "Get the file again from its authors.", str(key)) from e
+            raise DataError(f"the file's {what} cannot be read for it ({type(e).__name__}: {e})",
+                            "Get the file again from its authors.", str(key)) from e
         width = width or matrices[key].shape[-1]
         if matrices[key].shape != (count, width):
             raise DataError(f"the file's {what} have the shape {matrices[key].shape} for its {count} labels and a width of {width}",
                             "Get the file again from its authors.", str(key))
     return np.stack([matrices[k][i] for k, i in zip(rows.key, rows.place)])
 
-# %% ../../nbs/15_feature_files.ipynb #d014a5a8
+# %% ../../nbs/15_feature_files.ipynb #878b5627
 def _tell_splits(entries, corpus):
     "Whether the file's test conversations are the corpus'; what a reader must know of its other splits."
     theirs = {s: {_conversation_id(k, corpus.name) for k in entries[s]} for s in ("train", "validation", "test") if s in entries}
     ours = {s: {c.id for c in convs} for s, convs in corpus.splits.items()}
     same = theirs["test"] == ours["test"] if "test" in theirs else None
-    told = [(same is not None, f"the file's own split: {', '.join(f'{len(ids)} {s}' for s, ids in theirs.items())} conversations; its test conversations are "
-                               f"{'the' if same else 'not the'} corpus'. The corpus' split is used.")]
+    sizes = ", ".join(f"{len(ids)} {s}" for s, ids in theirs.items())
+    told = [(same is not None, f"the file's own split: {sizes} conversations; its test conversations are {'the' if same else 'not the'} corpus'. "
+                               "The corpus' split is used.")]
     for split in ("validation", "test"):
         seen = len(ours[split] & theirs.get("train", set()))
-        told.append((seen, f"{split} conversations that the file trains on: {seen} of {len(ours[split])}; features of an encoder that was tuned on the file's training "
-                           "labels (RoBERTa's are) make scores on them too good."))
+        told.append((seen, f"{split} conversations that the file trains on: {seen} of {len(ours[split])}; features of an encoder that was tuned on "
+                           "the file's training labels (RoBERTa's are) make scores on them too good."))
     return same, [t for met, t in told if met]
 
 def _tell_rows(rows, corpus):
@@ -207,19 +216,22 @@ def _tell_rows(rows, corpus):
     there, utterances = set(rows.utterance), [(c.id, u) for c in corpus.conversations for u in c.utterances]
     lost = [(conv, u.id) for conv, u in utterances if u.label is not None and u.id not in there]
     if len(lost) > TOLERATED*len(rows):
-        raise DataError(f"the file has no row for {len(lost)} labelled utterances, this one the first", "Check that the file was made from this corpus.", *lost[0])
+        raise DataError(f"the file has no row for {len(lost)} labelled utterances, this one the first",
+                        "Check that the file was made from this corpus.", *lost[0])
     left = sum(u.label is None and u.id not in there for _, u in utterances)
     place = {u.id: n for n, (_, u) in enumerate(utterances)}
     how, differ = rows.groupby("conversation").how.first().value_counts(), rows.utterance[rows.file_label != rows.label]
     moved = (rows.utterance.map(place).groupby(rows.conversation).diff() < 0).groupby(rows.conversation).any()
-    told = [(len(how.drop("id", errors="ignore")), f"conversations matched without ids: {', '.join(f'{n} by {h}' for h, n in how.items() if h != 'id')}."),
-            (moved.any(), f"conversations whose utterances stand in another order in the file: {moved.sum()} ({some(moved.index[moved], 3)}); each row goes to its utterance."),
+    how = how.drop("id", errors="ignore")
+    told = [(len(how), f"conversations matched without ids: {', '.join(f'{n} by {h}' for h, n in how.items())}."),
+            (moved.any(), f"conversations whose utterances stand in another order in the file: {moved.sum()} ({some(moved.index[moved], 3)}); "
+                          "each row goes to its utterance."),
             (len(differ), f"utterances whose label in the file is another than the corpus': {len(differ)} ({some(differ, 3)}); the corpus' is used."),
             (len(lost), f"labelled utterances without a row: {len(lost)} ({some(id for _, id in lost)}); not observed."),
             (left, f"unlabelled utterances, which the file leaves out: {left}; they stay in their conversations, not observed.")]
     return [t for met, t in told if met]
 
-# %% ../../nbs/15_feature_files.ipynb #dece95c3
+# %% ../../nbs/15_feature_files.ipynb #46434031
 @dataclass(frozen=True)
 class ImportedFeatures:
     "Feature stores made from a file of the field, and what was found on the way."
@@ -251,7 +263,8 @@ def import_features(
     file = Path(file)
     paths = [file/name for name in ("Speakers.pkl", *PARTS.values())] if file.is_dir() else [file]
     for p in paths:
-        if not p.is_file(): raise DataError(f"there is no file {p}", "Check the path." if p == file else f"A folder must hold {', '.join(q.name for q in paths)}.")
+        mend = "Check the path." if p == file else f"A folder must hold {', '.join(q.name for q in paths)}."
+        if not p.is_file(): raise DataError(f"there is no file {p}", mend)
     asked = f"{layout.name}: {layout.entries}" if isinstance(layout, Layout) else layout or ""
     content = hashlib.sha256(b"".join(_file_hash(p) for p in paths)).hexdigest() if len(paths) > 1 else _file_hash(paths[0]).hex()
     key = dict(file=file.name, sha256=content, corpus=corpus.name, split_hash=corpus.split_hash, asked=asked)
@@ -282,11 +295,13 @@ def _convert(value, corpus, key, layout, folder):
     for m in (m for m in MODALITIES if m in entries):
         values = _values(entries[m], rows, m)
         sound, empty = np.isfinite(values).all(1), ~values.any(1)
-        absent = {i: f"{key['file']} has no row for it" for i in ids if i not in there} | {i: "its row holds NaN or infinity" for i in rows.utterance[~sound]}
-        told += [t for met, t in ((~sound.all(), f"{m}, rows with NaN or infinity: {(~sound).sum()} ({some(rows.utterance[~sound], 3)}); not observed."),
-                                  (empty.any(), f"{m}, rows that are all 0: {empty.sum()} ({some(rows.utterance[empty], 3)}); kept as they are.")) if met]
+        absent = {i: f"{key['file']} has no row for it" for i in ids if i not in there}
+        absent |= {i: "its row holds NaN or infinity" for i in rows.utterance[~sound]}
+        for which, what, so in ((~sound, "rows with NaN or infinity", "not observed"), (empty, "rows that are all 0", "kept as they are")):
+            if which.any(): told.append(f"{m}, {what}: {which.sum()} ({some(rows.utterance[which], 3)}); {so}.")
         widths[m] = values.shape[1]
         store = FeatureStore(folder/m, Extractor(f"{layout.name} {m}", key["sha256"], widths[m], {"file": key["file"], "entries": layout.entries}))
         if store.missing(ids): store.add(rows.utterance[sound].tolist(), values[sound], absent)
-    met = f"{len(rows)} utterances of {rows.conversation.nunique()} conversations in the layout {layout.name}; " + ", ".join(f"{k} agree in {v:.2%}" for k, v in agreement.items())
-    return dict(layout=layout.name, widths=widths, agreement=agreement, same_test=same_test, told=[f"{key['file']}: {t}" for t in [met + ".", *told, *splits]])
+    agree = ", ".join(f"{k} agree in {v:.2%}" for k, v in agreement.items())
+    told = [f"{len(rows)} utterances of {rows.conversation.nunique()} conversations in the layout {layout.name}; {agree}.", *told, *splits]
+    return dict(layout=layout.name, widths=widths, agreement=agreement, same_test=same_test, told=[f"{key['file']}: {t}" for t in told])
