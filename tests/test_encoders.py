@@ -1,15 +1,23 @@
 "Promises of the utterance encoders that hold for every family of transformers and any input: tiny random models, no network."
+import os
+from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (AutoModel, BertConfig, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, RobertaConfig, T5Config)
+from transformers import (AutoModel, BertConfig, GemmaConfig, GPT2Config, HubertConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioProcessor,
+                          Qwen2Config, RobertaConfig, T5Config, Wav2Vec2Config, Wav2Vec2FeatureExtractor, WavLMConfig, WhisperConfig, WhisperFeatureExtractor)
 
 from erc_moe.conversations import Conversation, DataError, Utterance
+from erc_moe.encoders.salmonn import Salmonn, SalmonnConfig
+from erc_moe.encoders.speech import EmotionSpeechEncoder, SalmonnParts, SpeechEncoderConfig
 from erc_moe.encoders.text import EmotionTextEncoder, TextEncoderConfig
 from erc_moe.encoders.utterance import load_encoder
 
@@ -193,3 +201,255 @@ def test_batches_for_scoring_hold_every_utterance_once(hub):
     assert sorted(places) == list(range(46))
     sizes = [batch.inputs["input_ids"].shape for batch, _ in data.evaluation]
     assert all(b == 1 or b*t <= 64 for b, t in sizes) and list(accumulate(b for b, _ in sizes))[-1] == 46
+
+
+# Speech
+
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+WAVES = SMALL | dict(conv_dim=[8]*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, layerdrop=0., vocab_size=32, hidden_dropout=0., attention_dropout=0.,
+                     activation_dropout=0., feat_proj_dropout=0.)
+LARGE = dict(feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True)
+LISTEN = dict(d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, num_mel_bins=20)
+AUDIO_SIGNS = ["<pad>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "What", "is", "the", "emotion", "of", "person?:"]
+SPEECH = {"wav2vec2-base": Wav2Vec2Config(**WAVES), "wav2vec2-large": Wav2Vec2Config(**WAVES, **LARGE), "hubert-base": HubertConfig(**WAVES),
+          "hubert-large": HubertConfig(**WAVES, **LARGE), "wavlm-base": WavLMConfig(**WAVES), "wavlm-large": WavLMConfig(**WAVES, **LARGE),
+          "whisper": WhisperConfig(decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                   decoder_start_token_id=1, **LISTEN),
+          "qwen2-audio": Qwen2AudioConfig(audio_config=dict(model_type="qwen2_audio_encoder", **LISTEN), audio_token_index=1,
+                                          text_config=dict(model_type="qwen2", vocab_size=32, num_key_value_heads=1, initializer_range=.3, **SMALL))}
+
+
+@pytest.fixture(scope="module")
+def speech_hub(tmp_path_factory):
+    "A folder with a tiny random model of every family, and what makes its inputs."
+    folder = tmp_path_factory.mktemp("speech_hub")
+    for name, config in SPEECH.items():
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder/name)
+        mel = name in ("whisper", "qwen2-audio")
+        (WhisperFeatureExtractor(20) if mel else Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask="large" in name)).save_pretrained(folder/name)
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(AUDIO_SIGNS)}, unk_token="<pad>"))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", additional_special_tokens=AUDIO_SIGNS[1:4]).save_pretrained(folder/"qwen2-audio")
+    return folder
+
+
+def speech_encoder(hub, name, **changes):
+    torch.manual_seed(1)
+    return EmotionSpeechEncoder(SpeechEncoderConfig(**dict(encoder=str(hub/name), classes=3, labels=LABELS, width=12, dropout=0., lora_dropout=0., seconds=2.,
+                                                           whole_window=False, crop="centre") | changes)).eval()
+
+
+def noise(path, seconds, rate=16000, channels=1, seed=0):
+    "A file of noise whose loudness rises and falls, as the voice's does."
+    n = round(seconds*rate)
+    wave = np.random.default_rng(seed).normal(size=(n, channels))*.1*(1 + np.sin(np.arange(n)/rate*20))[:, None]
+    soundfile.write(path, wave, rate, subtype="PCM_16")
+    return path
+
+
+def voices(*paths):
+    return [Conversation("voices", [Utterance(f"v{i}", "A", "", LABELS[i % 3], p) for i, p in enumerate(paths)])]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [noise(folder/f"{i}.wav", s, seed=i) for i, s in enumerate((.1, .35, 1.2, 1.9))]
+
+
+@pytest.mark.parametrize("name", SPEECH)
+@pytest.mark.parametrize("changes", [dict(), dict(pooling="attentive", whole_window=True), dict(pooling="last")], ids=["mean", "attentive", "last"])
+def test_speech_embedding_is_the_same_in_any_company(speech_hub, clips, name, changes):
+    encoder = speech_encoder(speech_hub, name, **changes)
+    data = encoder.dataset(voices(*clips, None), LABELS)
+    e = encoder.embed(data)
+    assert np.isfinite(e).all() and np.abs(np.diff(e, axis=0)).max(1).min() > 1e-4
+    for order in ([0, 1, 2, 3, 4], [3, 0], [0], [4]):
+        with torch.no_grad(): got = encoder(data.batch(torch.tensor(order))).embedding
+        np.testing.assert_allclose(got.numpy(), e[order], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SPEECH)
+@pytest.mark.parametrize("way", ["lora", "full", "frozen"])
+def test_speech_only_what_is_opened_moves_and_what_is_saved_is_enough(speech_hub, clips, tmp_path, name, way):
+    encoder = speech_encoder(speech_hub, name, adaptation=way)
+    data, before = encoder.dataset(voices(*clips), LABELS), {n: p.detach().clone() for n, p in encoder.named_parameters()}
+    optimizer = torch.optim.SGD([dict(params=g["params"]) for g in encoder.train().parameter_groups()], lr=.3)
+    for _ in range(2):
+        batch = data.batch(data.learnable)
+        encoder.loss(encoder(batch), batch).total.backward()
+        optimizer.step(), optimizer.zero_grad()
+    moved = {n for n, p in encoder.named_parameters() if not torch.equal(p, before[n])}
+    assert moved <= opened(encoder) and any(n.startswith("embed_layer") for n in moved)
+    assert not any("feature_extractor" in n or "embed_positions" in n for n in moved)
+    assert {n for n in opened(encoder) if "lora_B" in n} == {n for n in moved if "lora_B" in n}        # no LoRA that nothing passes through
+    assert any("lora_B" in n for n in moved) == (way == "lora") and any(n.startswith("base.") for n in moved) == (way != "frozen")
+    if name == "qwen2-audio" and way == "lora": assert not any("audio_tower" in n or "projector" in n for n in opened(encoder))
+    encoder.eval().save_pretrained(tmp_path)
+    assert np.array_equal(load_encoder(tmp_path).embed(data), encoder.embed(data))
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-base", "wavlm-large"])
+@quick
+@given(st.lists(st.integers(1600, 20000), min_size=2, max_size=4))
+def test_speech_of_any_lengths_is_heard_as_the_plain_model_hears_it_alone(speech_hub, name, lengths):
+    encoder, plain = speech_encoder(speech_hub, name), AutoModel.from_pretrained(speech_hub/name).eval()
+    waves = [np.random.default_rng(n).normal(size=n).astype(np.float32) for n in lengths]
+    with torch.no_grad():
+        hidden, mask = encoder.ear.hidden(encoder.base, encoder.ear.inputs(waves))
+        for h, m, w in zip(hidden, mask, waves):
+            alone = plain(encoder.ear.extractor(w, sampling_rate=16000, return_tensors="pt").input_values).last_hidden_state[0]
+            np.testing.assert_allclose(h[m].numpy(), alone.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-base", "hubert-large", "wavlm-base"])
+def test_what_is_masked_in_training_follows_pytorchs_seed_and_a_blip_does_not_stop_it(speech_hub, clips, name):
+    encoder, told = speech_encoder(speech_hub, name, adaptation="frozen"), []
+    numpys = np.random.get_state()[1].copy()
+    for which in ([0], [0, 3]):
+        batch = encoder.dataset(voices(*clips), LABELS).batch(torch.tensor(which))
+        for mode, seed in ((True, 3), (True, 3), (True, 4), (False, 5)):
+            torch.manual_seed(seed)
+            told.append(encoder.train(mode)(batch).embedding.detach()[-1])
+    assert torch.equal(told[0], told[1]) and torch.equal(told[4], told[5])
+    assert not torch.equal(told[4], told[6]) and not torch.equal(told[4], told[7])
+    assert (np.random.get_state()[1] == numpys).all()
+
+
+@pytest.mark.parametrize("name", ["hubert-base", "wav2vec2-large", "whisper", "qwen2-audio"])
+def test_silence_and_files_of_any_kind_are_heard(speech_hub, tmp_path, name):
+    soundfile.write(tmp_path/"silence.wav", np.zeros(16000), 16000)
+    files = [tmp_path/"silence.wav", noise(tmp_path/"stereo.wav", 1, channels=2), noise(tmp_path/"phone.wav", 1, 8000), noise(tmp_path/"studio.flac", 1, 48000),
+             noise(tmp_path/"film.flac", 600, 8000)]
+    encoder = speech_encoder(speech_hub, name)
+    data = encoder.dataset(voices(*files), LABELS)
+    assert data.lengths.tolist() == [16000]*4 + [32000] and data.cut == ["v4"]
+    assert np.isfinite(encoder.embed(data)).all()
+    assert [len(data.wave(i)) for i in range(5)] == data.lengths.tolist()
+
+
+def test_one_sound_is_one_embedding_whatever_its_file(speech_hub, tmp_path):
+    wave = np.sin(2*np.pi*300*np.arange(48000)/48000)*.3
+    for rate in (8000, 16000, 48000): soundfile.write(tmp_path/f"{rate}.wav", np.repeat(wave[::48000//rate, None], 2, 1), rate)
+    encoder = speech_encoder(speech_hub, "wav2vec2-large")
+    e = encoder.embed(encoder.dataset(voices(*(tmp_path/f"{r}.wav" for r in (8000, 16000, 48000))), LABELS))
+    assert np.abs(e - e[1]).max() < .1*np.abs(e).max()
+
+
+@pytest.mark.parametrize("name, problem", [("nowhere", "does not exist"), ("click", "30 ms long"), ("empty", "is empty"), ("words", "cannot be read"), ("half", "cut short")])
+def test_a_broken_clip_is_told_by_name_or_counts_as_absent(speech_hub, tmp_path, name, problem):
+    whole = noise(tmp_path/"whole.wav", 1)
+    noise(tmp_path/"click.wav", .03), (tmp_path/"empty.wav").touch(), (tmp_path/"words.wav").write_text("no sound")
+    (tmp_path/"half.wav").write_bytes(whole.read_bytes()[:20000])
+    broken = voices(whole, tmp_path/f"{name}.wav")
+    encoder = speech_encoder(speech_hub, "hubert-base")
+    with pytest.raises(DataError, match=f"utterance 'v1'.*{problem}"): encoder.embed(encoder.dataset(broken, LABELS))
+    encoder = speech_encoder(speech_hub, "hubert-base", missing="absent")
+    data = encoder.dataset(broken, LABELS)
+    assert data.lengths.tolist() == [16000, 0] and data.learnable.tolist() == [0]
+    np.testing.assert_allclose(encoder.embed(data)[1], encoder.embed(encoder.dataset(voices(None), LABELS))[0], atol=1e-6)
+
+
+@quick
+@given(st.floats(.1, 3), st.floats(.1, 2), st.sampled_from(["random", "start", "centre"]), st.integers(0, 9))
+def test_a_crop_lies_inside_its_clip(speech_hub, tmp_path_factory, length, seconds, crop, seed):
+    path, n = tmp_path_factory.mktemp("ramp")/"ramp.wav", round(length*16000) + 1
+    ramp = np.arange(n)/2**17
+    soundfile.write(path, ramp, 16000, subtype="FLOAT")
+    torch.manual_seed(seed)
+    data = speech_encoder(speech_hub, "hubert-base", seconds=seconds, crop=crop).dataset(voices(path), LABELS)
+    wave, begin = data.wave(0), round(float(data.wave(0)[0])*2**17) if crop != "random" else None
+    heard = min(n, round(seconds*16000))
+    assert len(wave) == heard == data.lengths[0] and (data.cut == ["v0"]) == (n > heard)
+    assert np.array_equal(np.diff(wave), np.full(heard - 1, 2**-17, np.float32)) and 0 <= wave[0] and wave[-1] <= ramp[-1]
+    if begin is not None: assert begin == (0 if crop == "start" else (n - heard)//2)
+
+
+def test_a_random_crop_is_drawn_in_training_and_never_in_scoring(speech_hub, tmp_path):
+    encoder = speech_encoder(speech_hub, "hubert-base", crop="random", seconds=.5)
+    data = encoder.dataset(voices(noise(tmp_path/"long.wav", 3)), LABELS)
+    assert len({data.wave(0).tobytes() for _ in range(8)}) > 4
+    e = encoder.embed(data)
+    centre = speech_encoder(speech_hub, "hubert-base", crop="centre", seconds=.5)
+    assert np.array_equal(e, encoder.embed(data)) and np.array_equal(e, centre.embed(centre.dataset(voices(tmp_path/"long.wav"), LABELS)))
+    assert data.crop == "random"
+
+
+@quick
+@given(st.integers(1600, 32000))
+def test_qwen2_audio_is_asked_as_its_processor_asks(speech_hub, samples):
+    encoder = speech_encoder(speech_hub, "qwen2-audio", whole_window=True)
+    processor = Qwen2AudioProcessor(encoder.ear.extractor, encoder.ear.pretrained.fetch("AutoTokenizer"))
+    wave = np.random.default_rng(samples).normal(size=samples).astype(np.float32)
+    theirs = processor(text="<|audio_bos|><|AUDIO|><|audio_eos|>What is the emotion of the person?:", audio=[wave], sampling_rate=16000, return_tensors="pt")
+    ours = encoder.ear.inputs([wave])
+    assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+    assert torch.equal(ours["feature_attention_mask"], theirs["feature_attention_mask"]) and torch.allclose(ours["input_features"], theirs["input_features"])
+
+
+def test_speech_in_bfloat16(speech_hub, clips):
+    for name in SPEECH:
+        encoder, exact = (speech_encoder(speech_hub, name, precision=p) for p in ("bfloat16", "float32"))
+        data = encoder.dataset(voices(*clips), LABELS)
+        e = encoder.embed(data)
+        assert np.isfinite(e).all() and np.abs(e - exact.embed(data)).max() < .25*np.abs(e).max(), name
+
+
+def test_salmonn_is_known_by_all_its_parts(tmp_path, clips, monkeypatch):
+    monkeypatch.setattr("erc_moe.encoders.speech.Pretrained.weights", property(lambda self: f"weights of {self.name}"))
+    for name in ("beats.pt", "salmonn.pth"): (tmp_path/name).write_bytes(name.encode())
+    parts, known = dict(beats=str(tmp_path/"beats.pt"), checkpoint=str(tmp_path/"salmonn.pth")), set()
+    known.add(SalmonnParts("salmonn-7b", parts).weights)
+    known.add(SalmonnParts("salmonn-7b", parts | dict(llm="another")).weights)
+    known.add(SalmonnParts("salmonn-7b", parts | dict(checkpoint=None)).weights)
+    (tmp_path/"beats.pt").write_bytes(b"others")
+    known.add(SalmonnParts("salmonn-7b", parts).weights)
+    assert len(known) == 4
+    given = {}
+
+    def random_salmonn(sizes, **rest):
+        given.update(rest)
+        torch.manual_seed(0)
+        return Salmonn(replace(SalmonnConfig.tiny(), rank=sizes.rank))
+    monkeypatch.setattr(Salmonn, "from_parts", random_salmonn)
+    for way in ("lora", "frozen"):
+        encoder = EmotionSpeechEncoder(SpeechEncoderConfig.paper("salmonn-7b", 3, width=12, rank=3, parts=parts, adaptation=way)).eval()
+        assert given == parts | dict(dtype=torch.float32) and any(n.startswith("base.") for n in opened(encoder)) == (way == "lora")
+        assert all(p.shape[0] == 3 for n, p in encoder.named_parameters() if "lora_A" in n)
+        data = encoder.dataset(voices(*clips, None), LABELS)
+        with torch.no_grad(): np.testing.assert_allclose(encoder(data.batch(torch.tensor([0]))).embedding[0].numpy(), encoder.embed(data)[0], atol=2e-5)
+        encoder.save_pretrained(tmp_path/way)
+        assert np.array_equal(load_encoder(tmp_path/way).embed(data), encoder.embed(data))
+    (tmp_path/"salmonn.pth").write_bytes(b"others")
+    with pytest.raises(DataError, match="was tuned on"): load_encoder(tmp_path/"lora")
+
+
+@pytest.mark.parametrize("name, changes, problem", [
+    ("hubert-base", dict(crop="end"), "random, start, centre"), ("hubert-base", dict(missing="skip"), "error, absent"), ("hubert-base", dict(seconds=.01), "0.1 or more"),
+    ("whisper", dict(seconds=31.), "this encoder hears 30"), ("wavlm-base", dict(targets=["q_proj"]), "does not pass through LoRA"),
+    ("wavlm-base", dict(targets=r".*\.v_proj"), "does not pass through LoRA on v_proj"), ("qwen2-audio", dict(layer_decay=.5), "do not apply to a speech LLM"),
+    ("hubert-base", dict(targets=["nothing"]), "Name its matrices in targets")])
+def test_speech_configuration_that_cannot_be(speech_hub, name, changes, problem):
+    with pytest.raises(DataError, match=problem): speech_encoder(speech_hub, name, **changes)
+
+
+@pytest.mark.parametrize("parts", [None, dict(checkpoint="a.pth"), dict(beats="a.pt", bits=4)])
+def test_salmonn_wants_its_parts(parts):
+    with pytest.raises(DataError, match="parts=dict"): EmotionSpeechEncoder(SpeechEncoderConfig.paper("salmonn-7b", 3, parts=parts))
+
+
+def test_frozen_layers_of_speech_stay_with_all_below_them(speech_hub):
+    for name in ("wav2vec2-base", "hubert-large", "wavlm-base", "whisper"):
+        up = opened(speech_encoder(speech_hub, name, adaptation="full", frozen_layers=1))
+        assert any("layers.1." in n for n in up) and not any(part in n for n in up for part in ("layers.0.", "feature_", "conv1", "conv2", "embed_positions")), name
+
+
+@pytest.mark.skipif("ERC_MOE_DATA" not in os.environ, reason="ERC_MOE_DATA names no folder of corpora")
+def test_what_five_seconds_lose_of_the_real_corpora():
+    data = Path(os.environ["ERC_MOE_DATA"])
+    meld = pd.concat([pd.read_csv(data/"meld"/f"{s}_prosody8.csv") for s in ("train", "dev", "test")])["duration"].to_numpy()
+    times = pd.read_csv(data/"iemocap"/"utterances.csv")
+    for seconds, (median, over, lost) in ((meld, (2.5, .17, .14)), ((times.end - times.start).to_numpy(), (3.5, .31, .21))):
+        assert abs(np.median(seconds) - median) < .05 and abs((seconds > 5).mean() - over) < .005
+        assert abs(1 - np.minimum(seconds, 5).sum()/seconds.sum() - lost) < .005
