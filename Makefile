@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test results notebooks bench wheel clean
+.PHONY: help setup demo test results tuned notebooks bench wheel clean
 
 help:            ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -51,6 +51,22 @@ results: setup   ## train on the real corpora (ERC_MOE_DATA names their folder) 
 	$(BIN)/python tools/baselines.py meld --speech prosody8
 	$(BIN)/python tools/baselines.py mosi --speech audio73
 	$(BIN)/python tools/baselines.py emorynlp
+
+TUNE = $(BIN)/erc_moe_tune --encoder minilm --preset cpu --protocol strict
+define tuned_rows    # MiniLM tuned on corpus $(1) with the options $(3), and both models on its embeddings with $(4) beside them and the speech source $(2)
+	$(TUNE) --corpus $(1) --seeds 3 $(3) --out runs/$(1)-minilm
+	$(TUNE) --corpus $(1) --seeds 1 --folds 4 $(3) --out runs/$(1)-minilm-crossfit
+	$(BIN)/erc_moe_embed runs/$(1)-minilm --corpus $(1) --out features/$(1)-tuned
+	$(BIN)/erc_moe_embed runs/$(1)-minilm-crossfit --corpus $(1) --out features/$(1)-crossfit
+	for f in tuned crossfit; do for m in mister_e sure; do $(TRAIN) $$m --corpus $(1) --text features/$(1)-$$f$(4) --speech $(2) --out runs/$$m-$(1)-$$f \
+	  && cp runs/$$m-$(1)-$$f/summary.json results/$$m-$(1)-$$f.json || exit 1; done; done
+	cp runs/$(1)-minilm/summary.json results/text-$(1)-tuned.json
+	$(BIN)/python tools/separability.py $(1) frozen=minilm tuned=features/$(1)-tuned cross-fitted=features/$(1)-crossfit
+endef
+
+tuned: setup     ## stage 1 on the real corpora: tune, embed, train on the embeddings (an hour and a half), and renew results/
+	$(call tuned_rows,meld,prosody8,,)
+	$(call tuned_rows,iemocap,gemaps47+prosody8,--set lr=3e-4,+minilm)
 
 notebooks: setup ## export the notebooks to the package, run them all, save their outputs, renew README.md
 	$(BIN)/nbdev_export

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict_file']
 
-# %% ../nbs/51_predict.ipynb #3cf975b6
+# %% ../nbs/51_predict.ipynb #9165d66f
 from pathlib import Path
 
 from .conversations import DataError
@@ -13,7 +13,7 @@ from .corpora.core import read_table
 from .corpora.own import load_own
 from .training import Predictions, Run
 
-# %% ../nbs/51_predict.ipynb #31bc9f63
+# %% ../nbs/51_predict.ipynb #1bf8fa1d
 def predict_file(
     run: Run|str|Path,               # a finished run, or its folder
     table: str|Path,                 # conversations as .csv or .jsonl

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'fit_scale', 'scale', 'relative_to_conversation', 'cache_folder', 'Part', 'FeaturePipeline']
 
-# %% ../../nbs/13_feature_pipeline.ipynb #ab4a0992
+# %% ../../nbs/13_feature_pipeline.ipynb #1ca1d2a0
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
 from .visual import DenseNetEncoder
 
-# %% ../../nbs/13_feature_pipeline.ipynb #045fe55d
+# %% ../../nbs/13_feature_pipeline.ipynb #ae9ef910
 def parse_source(
     spec: str,                     # "gemaps47+prosody8@conversation"
 ) -> list[tuple[str, str]]:        # per term: its name, and "corpus", "conversation", or "" where none is written
@@ -39,7 +39,7 @@ def parse_source(
         terms.append((name, scope))
     return terms
 
-# %% ../../nbs/13_feature_pipeline.ipynb #23c51015
+# %% ../../nbs/13_feature_pipeline.ipynb #74742f2f
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 ) -> tuple[np.ndarray, np.ndarray]:         # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
@@ -59,7 +59,7 @@ def scale(
     "Standardised, clipped, 0 where undefined."
     return np.nan_to_num(np.clip((values - mean) / std, -clip, clip), nan=0.0)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #3d36967f
+# %% ../../nbs/13_feature_pipeline.ipynb #bfd1c885
 def relative_to_conversation(
     values: np.ndarray,     # (N, D); NaN where undefined or not observed
     ends: np.ndarray,       # the row after each conversation's last; the last is N
@@ -68,7 +68,7 @@ def relative_to_conversation(
     parts = np.split(values, ends[:-1])
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
-# %% ../../nbs/13_feature_pipeline.ipynb #4a5b5261
+# %% ../../nbs/13_feature_pipeline.ipynb #ce8a4642
 def cache_folder(
     cache: Path|str|None = None,   # a folder; None: $ERC_MOE_CACHE, or ~/.cache/erc_moe
 ) -> Path:
@@ -153,7 +153,7 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
                         f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).", utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
-# %% ../../nbs/13_feature_pipeline.ipynb #ab6ead0f
+# %% ../../nbs/13_feature_pipeline.ipynb #763f501e
 @dataclass
 class Part:
     "One fitted term of a source."

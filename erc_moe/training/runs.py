@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'configure', 'inverse_frequency', 'train']
 
-# %% ../../nbs/43_runs.ipynb #2c6f7175
+# %% ../../nbs/43_runs.ipynb #b106191b
 import json
 from dataclasses import asdict, fields, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from .loop import SELECTION, ConversationTensors, TrainingConfig, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, result_table
 
-# %% ../../nbs/43_runs.ipynb #e721d191
+# %% ../../nbs/43_runs.ipynb #04ca6e91
 class Run:
     "A folder written by `train`: its summary, models and predictions."
     def __init__(self,
@@ -129,7 +129,7 @@ class Run:
         prepared = self.pipeline.apply(corpus)
         return {s: gather_seeds([figures(self.predict(prepared.splits[s], seed, prepared=True)) for seed in self.seeds]) for s in splits}
 
-# %% ../../nbs/43_runs.ipynb #6c46388e
+# %% ../../nbs/43_runs.ipynb #a8b3b7bb
 def configure(
     model: str,                           # "mister_e"
     corpus: Corpus,
@@ -158,7 +158,7 @@ def inverse_frequency(corpus: Corpus) -> list[float]:
     labels = [l for c in corpus.splits["train"] for l in c.labels if l is not None]
     return [len(labels)/(len(corpus.labels)*max(1, labels.count(l))) for l in corpus.labels]
 
-# %% ../../nbs/43_runs.ipynb #1876ced5
+# %% ../../nbs/43_runs.ipynb #cba002b3
 def train(
     model: str,                           # "mister_e"
     corpus: str|Corpus,                   # "sample", "meld", ..., a path to your own table, or a corpus

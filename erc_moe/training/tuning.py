@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TUNING', 'deal_folds', 'TunedRun', 'tune', 'align', 'embed']
 
-# %% ../../nbs/47_tuning.ipynb #15d0e64b
+# %% ../../nbs/47_tuning.ipynb #cb6582ef
 import hashlib, json
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -25,7 +25,7 @@ from .folder import begin_run, first_process, summarise_run, temporary_folder, t
 from .loop import SELECTION, TrainingConfig
 from .results import result_table
 
-# %% ../../nbs/47_tuning.ipynb #71f90c94
+# %% ../../nbs/47_tuning.ipynb #0f8ecaca
 def deal_folds(
     conversations: list[Conversation],
     folds: int,                            # K, two at least
@@ -39,7 +39,7 @@ def deal_folds(
         sizes[dealt[c.id]] += len(c)
     return dealt
 
-# %% ../../nbs/47_tuning.ipynb #5248e8b5
+# %% ../../nbs/47_tuning.ipynb #02e0f0e2
 class TunedRun:
     "A folder written by `tune`: encoders of one modality, their figures, and how training conversations were dealt."
     def __init__(self,
@@ -70,7 +70,7 @@ class TunedRun:
         "The training log: a dictionary per epoch."
         return [json.loads(line) for line in (self.encoder_folder(seed, fold).parent/"log.jsonl").read_text().splitlines()]
 
-# %% ../../nbs/47_tuning.ipynb #9711d908
+# %% ../../nbs/47_tuning.ipynb #fd785f79
 TUNING = {   # modality -> preset -> corpus, or "" for all -> changes to TrainingConfig
     "text": {"paper": {"": dict(epochs=50, batch_size=8, lr=1e-5)},
              "cpu": {"": dict(epochs=3, batch_size=32, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True), "meld": dict(epochs=2)}},
@@ -123,7 +123,7 @@ def tune(
     summarise_run(folder, settings, seeds, corpus, device, command)
     return TunedRun(folder)
 
-# %% ../../nbs/47_tuning.ipynb #743cbdae
+# %% ../../nbs/47_tuning.ipynb #b748f811
 def align(
     source: np.ndarray,    # (M, W) rows of one encoder
     target: np.ndarray,    # (M, W) rows of another for the same utterances
@@ -132,7 +132,7 @@ def align(
     (m, n), (u, _, v) = (source.mean(0), target.mean(0)), np.linalg.svd((source - source.mean(0)).T @ (target - target.mean(0)))
     return lambda rows: (rows - m) @ (u @ v) + n
 
-# %% ../../nbs/47_tuning.ipynb #1206a712
+# %% ../../nbs/47_tuning.ipynb #87c502cc
 def embed(
     run: TunedRun,
     corpus: Corpus,
