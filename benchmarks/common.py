@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from erc_moe.conversations import ConversationBatch
+from erc_moe.ragged import keep_memory
 
 
 @dataclass
@@ -76,6 +77,7 @@ def gemm_rate(seconds: float) -> float:
 
 def work(form: Form, batches: list[ConversationBatch], profile: bool):
     "Answer every line on stdin with the time of one step, and then tell the peak memory."
+    keep_memory()
     form.step(batches[0])
     if profile:
         with torch.profiler.profile() as profiler: form.step(batches[1])

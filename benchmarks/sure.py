@@ -66,8 +66,9 @@ def config(args):
 
 
 def experts(model):
-    "Forward and backward of the mixtures, with the terms of the experts' loss."
+    "Forward and backward of the mixtures, with the terms of the experts' loss; as inside the model, their input asks for a gradient."
     def step(batch):
+        for x in batch.features.values(): x.requires_grad_().grad = None
         sum(z.square().mean() + r.divergence.mean() + r.balance for z, r in model(batch).values()).backward()
         model.zero_grad()
     return Form(model.train(), step)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['bigru', 'lstm']
 
-# %% ../nbs/26_recurrence.ipynb #5f7411c4
+# %% ../nbs/26_recurrence.ipynb #9f34c75e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ragged import Layout, dropout
 
-# %% ../nbs/26_recurrence.ipynb #42ad283f
+# %% ../nbs/26_recurrence.ipynb #f4997efe
 def _earlier(
     x: Tensor,           # (G, M, H), step by step
     sizes: list[int],    # rows of each step
@@ -61,7 +61,7 @@ class _LockStepGRU(torch.autograd.Function):
         torch.mul(dh, to_n, out=du[:, :, 2])
         return d_weight, d_bias, None, None, *(x.new_empty(x.shape).index_copy_(0, rows, x) for x, rows in zip(flat, order))
 
-# %% ../nbs/26_recurrence.ipynb #bb723b77
+# %% ../nbs/26_recurrence.ipynb #39906723
 def _packed(nets: list[nn.RNNBase], xs: list[Tensor], layout: Layout) -> list[Tensor]:
     "Every recurrent module over its own flat sequences, by PyTorch's packed ones: what a GPU does best."
     order = layout.steps(layout.position)
@@ -87,7 +87,7 @@ def bigru(
         xs = [torch.cat(hs[i:i + 2], 1) for i in range(0, len(hs), 2)]
     return xs
 
-# %% ../nbs/26_recurrence.ipynb #83d06a38
+# %% ../nbs/26_recurrence.ipynb #793b0a8a
 class _LockStepLSTM(torch.autograd.Function):
     "G independent LSTM recurrences, step by step together; step t holds the sequences longer than t, longest first."
     @staticmethod
@@ -95,14 +95,16 @@ class _LockStepLSTM(torch.autograd.Function):
     def forward(ctx, weight, order, sizes, *gates):
         # weight (G, 4H, H), order (M,) rows of each step in turn, sizes: rows per step, gates: G x (M, 4H) with the bias
         G, _, H = weight.shape
-        u = torch.stack([x[order] for x in gates])                                               # (G, M, 4H), becomes i, f, g, o
-        c, tanh_c, h = u.new_empty(3, *u.shape[:2], H)
-        before, kept, recur = u.new_zeros(G, sizes[0], H), u.new_zeros(G, sizes[0], H), weight.transpose(1, 2)
-        parts = (u, u[..., :2*H], *u.split(H, -1), c, tanh_c, h)
-        for u_t, i_f, i, f, g, o, c_t, tanh_t, h_t in zip(*(x.split(sizes, 1) for x in parts)):
-            b = u_t.shape[1]
-            u_t += torch.bmm(before[:, :b], recur)
-            i_f.sigmoid_(); g.tanh_(); o.sigmoid_()
+        u = torch.stack([x[order].unflatten(1, (2, -1)).transpose(0, 1) for x in gates])         # (G, 2, M, 2H), becomes i f, g o
+        c, tanh_c, h = u.new_empty(3, G, len(order), H)
+        before, kept = u.new_zeros(2, G, sizes[0], H)
+        recur = weight.view(2*G, 2*H, H).transpose(1, 2).contiguous()                            # (2G, H, 2H)
+        steps = zip(u.split(sizes, 2), *(x.split(sizes, 1) for x in (c, tanh_c, h)))
+        for u_t, c_t, tanh_t, h_t in steps:
+            b = h_t.shape[1]
+            u_t += torch.bmm(before[:, :b].repeat_interleave(2, 0), recur).view(u_t.shape)
+            (i, f), (g, o) = (x.split(H, -1) for x in u_t.unbind(1))
+            u_t[:, 0].sigmoid_(); g.tanh_(); o.sigmoid_()
             torch.mul(i, g, out=c_t).addcmul_(f, kept[:, :b])
             torch.mul(torch.tanh(c_t, out=tanh_t), o, out=h_t)
             before, kept = h_t, c_t
@@ -115,23 +117,28 @@ class _LockStepLSTM(torch.autograd.Function):
     def backward(ctx, *grads):
         weight, order, u, c, tanh_c, h = ctx.saved_tensors
         sizes, (G, M, H) = ctx.sizes, h.shape
-        i, f, g, o = u.split(H, -1)
-        from_c = torch.stack([g*i*(1 - i), _earlier(c, sizes)*f*(1 - f), i*(1 - g*g)], 2)        # (G, M, 3, H): d u_ifg / d c_t
-        from_h, to_c = tanh_c*o*(1 - o), o*(1 - tanh_c*tanh_c)                                   # (G, M, H): d u_o / d h_t, d c_t / d h_t
+        (i, f), (g, o) = (x.split(H, -1) for x in u.unbind(1))
+        from_c = torch.stack([g*i*(1 - i), _earlier(c, sizes)*f*(1 - f)], 2)                     # (G, M, 2, H): d u_if / d c_t
+        from_both = torch.stack([i*(1 - g*g), tanh_c*o*(1 - o)], 2)                              # (G, M, 2, H): d u_g / d c_t, d u_o / d h_t
+        to_c = o*(1 - tanh_c*tanh_c)                                                             # (G, M, H): d c_t / d h_t
         dh = torch.stack([x[order] for x in grads])                                              # (G, M, H)
-        du = u.new_empty(G, M, 4, H)
+        du, halves = u.new_empty(G, 2, M, 2, H), weight.view(2*G, 2*H, H)
         later_h, later_c = dh[:, :0], dh[:, :0]
-        for d, l, from_h_t, to_c_t, f_t, du_t in reversed([*zip(*(x.split(sizes, 1) for x in (dh, from_c, from_h, to_c, f, du)))]):
+        steps = zip(du.split(sizes, 2), *(x.split(sizes, 1) for x in (dh, from_c, from_both, to_c, f)))
+        for du_t, d, from_c_t, from_both_t, to_c_t, f_t in reversed([*steps]):
             d[:, :later_h.shape[1]] += later_h
             dc = d*to_c_t
             dc[:, :later_c.shape[1]] += later_c
-            torch.mul(l, dc[:, :, None], out=du_t[:, :, :3])
-            torch.mul(from_h_t, d, out=du_t[:, :, 3])
-            later_h, later_c = torch.bmm(du_t.flatten(2), weight), dc*f_t
-        flat = du.flatten(2)                                                                     # (G, M, 4H)
-        return (torch.bmm(flat.transpose(1, 2), _earlier(h, sizes)), None, None, *(x.new_empty(x.shape).index_copy_(0, order, x) for x in flat))
+            torch.mul(from_c_t, dc[:, :, None], out=du_t[:, 0])
+            torch.mul(from_both_t, torch.stack([dc, d], 2), out=du_t[:, 1])
+            later_h = torch.bmm(du_t.flatten(0, 1).flatten(2), halves).unflatten(0, (G, 2)).sum(1)
+            later_c = dc*f_t
+        flat = du.view(2*G, M, 2*H)
+        d_weight = torch.bmm(flat.transpose(1, 2), _earlier(h, sizes).repeat_interleave(2, 0)).view(weight.shape)
+        rows = flat.view(G, 2, M, 2*H).transpose(1, 2).flatten(2)                                # (G, M, 4H)
+        return d_weight, None, None, *(x.new_empty(x.shape).index_copy_(0, order, x) for x in rows)
 
-# %% ../nbs/26_recurrence.ipynb #bf0fa370
+# %% ../nbs/26_recurrence.ipynb #3ace446b
 def lstm(
     lstms: list[nn.LSTM],   # of one layer and direction, and of one hidden size
     xs: list[Tensor],       # the input (M, D) of each

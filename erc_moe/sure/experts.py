@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Routing', 'GaussianExperts']
 
-# %% ../../nbs/34_uncertainty_experts.ipynb #bf292ba0
+# %% ../../nbs/34_uncertainty_experts.ipynb #4880425b
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/34_uncertainty_experts.ipynb #dee0b2f9
+# %% ../../nbs/34_uncertainty_experts.ipynb #796e6b1e
 @dataclass
 class Routing:
     "What the gate of a mixture of experts decided at M utterances."
@@ -56,9 +56,9 @@ class GaussianExperts(nn.Module):
         x: Tensor,                      # (M, D)
     ) -> tuple[Tensor, Routing]:        # (M, D); in training a sample, in evaluation its mean
         mu, log_variance = self.gaussians(x).unflatten(1, (2, self.experts, -1)).unbind(1)       # (M, E, D) each
-        variance = log_variance.clamp(-20, 20).exp()
-        uncertainty = variance.sqrt().mean(-1)                                                   # (M, E)
-        divergence = (mu.square() + variance - 1 - log_variance).mean(-1) / 2
+        D, variance = x.shape[1], F.hardtanh(log_variance, -20, 20).exp()
+        uncertainty = variance.sqrt().sum(-1)/D                                                  # (M, E)
+        divergence = (mu.square().sum(-1) + variance.sum(-1) - log_variance.sum(-1))/(2*D) - .5  # sums first: (M, E, D) is large
         score = self.score(x)
         if self.routing == "uncertainty": score = score - self.caution*uncertainty
         probabilities = score.softmax(-1)

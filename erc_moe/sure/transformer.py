@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['positions', 'TransformerGate']
 
-# %% ../../nbs/36_transformer_gate.ipynb #c8293e9e
+# %% ../../nbs/36_transformer_gate.ipynb #f2e5d0ac
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ragged import Layout, dropout, stacked_linear
+from ..ragged import Layout, dropout, stacked_linear, stacked_product
 
-# %% ../../nbs/36_transformer_gate.ipynb #6a9845a8
+# %% ../../nbs/36_transformer_gate.ipynb #11da0645
 def positions(
     position: Tensor,   # int64 (M,): 0, 1, ... within the conversation
     width: int,         # D, even
@@ -22,7 +22,7 @@ def positions(
     angle = position[:, None]*rate                                                               # (M, D/2)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
-# %% ../../nbs/36_transformer_gate.ipynb #65768722
+# %% ../../nbs/36_transformer_gate.ipynb #cf8be94a
 class TransformerGate(nn.Module):
     "Intra- and inter-modal Transformer encoders, gated and fused (SURE, section 2.5, eqs 11-17)."
     def __init__(self,
@@ -52,8 +52,8 @@ class TransformerGate(nn.Module):
         layout: Layout,
     ) -> Tensor:            # (S*S, M, D) what attention of each encoder brings, before its output layer
         (B, N), S, D = layout.mask.shape, self.streams, self.width
-        q, k, v = torch.baddbmm(self.qkv_bias, x, self.qkv_weight).view(S, -1, 3, S, D).unbind(2)   # (asks, M, asked, D), (asked, M, asks, D) twice
-        place = lambda y: y.new_zeros(S, B*N, S, D).index_copy(1, layout.index, y).view(S*B, N, S*self.heads, -1).transpose(1, 2)
+        q, k, v = stacked_product(x, self.qkv_weight, self.qkv_bias).view(S, -1, 3, S, D).unbind(2)   # (asks, M, asked, D), (asked, M, asks, D) twice
+        place = lambda y: y.new_zeros(S, B*N, S, D).index_copy_(1, layout.index, y).view(S*B, N, S*self.heads, -1).transpose(1, 2)
         some = seen.any(2).T                                                                     # (B, S)
         keys = (seen.transpose(0, 1) | ~some[..., None]).repeat_interleave(self.heads, 1).repeat(S, 1, 1)   # (S*B, S*heads, N)
         heard = F.scaled_dot_product_attention(place(q), place(k.transpose(0, 2)), place(v.transpose(0, 2)), keys[:, :, None])
@@ -76,4 +76,4 @@ class TransformerGate(nn.Module):
         h = norm(h + drop(torch.baddbmm(self.outer_bias, inner, self.outer_weight)), 1)
         h = torch.bmm(h, self.gate_weight).sigmoid() * h
         joined = h.unflatten(0, (S, S)).transpose(1, 2).flatten(2)                               # (S, M, S*D)
-        return torch.baddbmm(self.fuse_bias, joined, self.fuse_weight)
+        return stacked_product(joined, self.fuse_weight, self.fuse_bias)
