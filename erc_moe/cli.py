@@ -7,13 +7,13 @@ __all__ = ['CORPUS', 'DATA', 'TEXT', 'SPEECH', 'VISUAL', 'FEATURES', 'RUN', 'DEV
            'CHECKPOINT', 'train', 'evaluate', 'predict', 'tune', 'embed', 'report', 'extract', 'import_file',
            'download']
 
-# %% ../nbs/53_commands.ipynb #b122d828
+# %% ../nbs/53_commands.ipynb #20e78220
 import argparse, shlex, sys
 from pathlib import Path
 
 from .conversations import DataError
 
-# %% ../nbs/53_commands.ipynb #59651dde
+# %% ../nbs/53_commands.ipynb #1fe902e7
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         "One line, and where to read more."
@@ -46,7 +46,7 @@ def _command(
         return main
     return wrap
 
-# %% ../nbs/53_commands.ipynb #9f0a72be
+# %% ../nbs/53_commands.ipynb #8d7344e3
 CORPUS = ("--corpus", dict(required=True, metavar="NAME", help="Which corpus: sample, meld, emorynlp, iemocap, mosi, or the path of your own CSV or JSONL table."))
 DATA = ("--data", dict(metavar="DIR", help="The folder that holds the corpora (meld/, iemocap/, ...) or the corpus itself. Without it, the environment variable ERC_MOE_DATA is read; the sample corpus needs none."))
 TEXT = ("--text", dict(metavar="SOURCE", help="What becomes of the words: minilm, hf:NAME for any text encoder on the Hugging Face hub (or in a local folder), an array that came with the corpus, or the path of a feature store. Without it the model reads no text."))
@@ -70,7 +70,7 @@ OUT = ("--out", dict(required=True, metavar="RUN", help="The run's folder. Seeds
 SET = ("--set", dict(action="append", default=[], metavar="NAME=VALUE", help="Change one field of the model's or the training's configuration; may be given several times. A wrong name lists the right ones."))
 CHECKPOINT = ("--checkpoint-seconds", dict(type=float, default=30, metavar="S", help="The least time between two checkpoints; what a kill can cost (default: 30)."))
 
-# %% ../nbs/53_commands.ipynb #269da229
+# %% ../nbs/53_commands.ipynb #c8020595
 @_command("erc_moe_train", "Train a model on a corpus with several seeds, and print the result: weighted F1 of the mixture and of each expert, mean and "
           "standard deviation over seeds. Everything goes to one folder, which is enough to predict with. The same command carries on where it was stopped.",
           "erc_moe_train --model mister_e --corpus iemocap --data corpora --text minilm --speech gemaps47+prosody8 --preset cpu --seeds 3 --out runs/iemocap",
@@ -93,7 +93,7 @@ def _print_result(summary, folder):
     print(result_table(summary).to_string())
     print(f"weighted F1 in percent, mean ± standard deviation over seeds; 95 %: bootstrap over conversations. All in {folder}")
 
-# %% ../nbs/53_commands.ipynb #eaa9f0a5
+# %% ../nbs/53_commands.ipynb #0f12ec03
 @_command("erc_moe_evaluate", "Score the saved models of a run again, on the corpus they were trained on or on another one with the same labels, and print "
           "the result per split and per class.",
           "erc_moe_evaluate runs/iemocap --data corpora",
@@ -116,7 +116,7 @@ def evaluate(args):
     print(pd.DataFrame({s: {l: percent(x) for l, x in f["per_class_f1"].items()} for s, f in scored.items()}).to_string())
     if args.out: write_json(Path(args.out), scored)
 
-# %% ../nbs/53_commands.ipynb #9bfa9898
+# %% ../nbs/53_commands.ipynb #1f36269d
 @_command("erc_moe_predict", "Say which emotion every utterance of your conversations has. The table needs the columns conversation, speaker and text, and "
           "audio or video (a path relative to the table) if the model listens or sees; a label column may be there and is passed through.",
           "erc_moe_predict runs/meld conversation.csv --out predictions.csv",
@@ -135,7 +135,7 @@ def predict(args):
     if len(table) > len(shown): print(f"... and {len(table) - len(shown)} more utterances")
     if args.out: print(f"written to {predictions.write(args.out)}")
 
-# %% ../nbs/53_commands.ipynb #0be5cea2
+# %% ../nbs/53_commands.ipynb #d14307b9
 @_command("erc_moe_tune", "Tune a text or speech encoder on the single utterances of a corpus (stage 1), with several seeds, and print the result. Only train labels are learnt from, "
           "and the epoch is chosen on validation. The same command carries on where it was stopped, and runs on several GPUs under accelerate launch.",
           "erc_moe_tune --modality text --encoder minilm --corpus meld --data corpora --folds 4 --seeds 1 --out runs/meld-minilm",
@@ -163,7 +163,7 @@ def embed(args):
     store = tuning.embed(tuning.TunedRun(args.run), load_corpus(args.corpus, args.data), args.out, args.seed, args.others, args.device, progress=True)
     if first_process(): print(store)
 
-# %% ../nbs/53_commands.ipynb #9af5def0
+# %% ../nbs/53_commands.ipynb #3067a838
 @_command("erc_moe_report", "Write a page with the pictures of a run: results, training curves, confusion, per class, gate weights, reliability, and "
           "test conversations turn by turn. It is one HTML file that needs nothing beside it.",
           "erc_moe_report runs/iemocap", RUN)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextEncoderConfig', 'TextData', 'load_options', 'EmotionTextEncoder']
 
-# %% ../../nbs/27a_text_encoder.ipynb #ad55a1b6
+# %% ../../nbs/27a_text_encoder.ipynb #e0609867
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..conversations import Conversation, DataError
 from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder
 
-# %% ../../nbs/27a_text_encoder.ipynb #9dfc515c
+# %% ../../nbs/27a_text_encoder.ipynb #10822d60
 @dataclass(kw_only=True)
 class TextEncoderConfig(EncoderConfig):
     "What a tuned text encoder is made of (defaults: MiSTER-E, section 4.2, and its released code)."
@@ -39,7 +39,7 @@ class TextEncoderConfig(EncoderConfig):
         "For MiniLM's kind and two cores: the transformer is tuned above its embeddings and two lowest layers."
         return cls(encoder=encoder, classes=classes, **dict(adaptation="full", frozen_layers=2, pooling="mean", width=256, dropout=0.2, head_rate=10.) | changes)
 
-# %% ../../nbs/27a_text_encoder.ipynb #e3d7a108
+# %% ../../nbs/27a_text_encoder.ipynb #1fcc61df
 class TextData(UtteranceData):
     "Utterances as tokens, cut at `max_tokens`, with the previous ones in front where `context` asks for them."
     def __init__(self,
@@ -85,7 +85,7 @@ class TextData(UtteranceData):
         if self.typed: inputs["token_type_ids"] = (own & torch.tensor([[self.starts[i] > 0] for i in index])).long()
         return {k: x.to(self.device) for k, x in inputs.items()}
 
-# %% ../../nbs/27a_text_encoder.ipynb #a15a384e
+# %% ../../nbs/27a_text_encoder.ipynb #c8ac923b
 def load_options(
     config: EncoderConfig,
 ) -> dict:                    # for transformers' `from_pretrained`
