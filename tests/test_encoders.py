@@ -16,10 +16,12 @@ from transformers import (AutoModel, BertConfig, GemmaConfig, GPT2Config, Hubert
                           Qwen2Config, RobertaConfig, T5Config, Wav2Vec2Config, Wav2Vec2FeatureExtractor, WavLMConfig, WhisperConfig, WhisperFeatureExtractor)
 
 from erc_moe.conversations import Conversation, DataError, Utterance
+from erc_moe.corpora import Corpus
 from erc_moe.encoders.salmonn import Salmonn, SalmonnConfig
 from erc_moe.encoders.speech import EmotionSpeechEncoder, SalmonnParts, SpeechEncoderConfig
 from erc_moe.encoders.text import EmotionTextEncoder, TextEncoderConfig
 from erc_moe.encoders.utterance import load_encoder
+from erc_moe.training.loop import TrainingConfig, fit
 
 LABELS = ["joy", "anger", "neutral"]
 quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -453,3 +455,17 @@ def test_what_five_seconds_lose_of_the_real_corpora():
     for seconds, (median, over, lost) in ((meld, (2.5, .17, .14)), ((times.end - times.start).to_numpy(), (3.5, .31, .21))):
         assert abs(np.median(seconds) - median) < .05 and abs((seconds > 5).mean() - over) < .005
         assert abs(1 - np.minimum(seconds, 5).sum()/seconds.sum() - lost) < .005
+
+
+def test_a_stopped_tuning_of_speech_carries_on_to_the_same_bits(speech_hub, tmp_path):
+    talks = [replace(c, id=n, utterances=tuple(replace(u, id=n + u.id) for u in c.utterances)) for n in ("train", "validation", "test")
+             for c in voices(*(noise(tmp_path/f"{n}{i}.wav", .8 + i/4, seed=i) for i in range(6)))]
+    corpus = Corpus("voices", LABELS, {c.id: [c] for c in talks})
+    config = TrainingConfig(epochs=3, batch_size=3, lr=1e-3, ema=.5)
+    tuned = lambda config, out: fit(speech_encoder(speech_hub, "wav2vec2-base", adaptation="full", crop="random", seconds=1., dropout=.5), corpus, config, out=out, device="cpu",
+                                    progress=False, checkpoint_seconds=0)
+    whole = tuned(config, None)
+    tuned(replace(config, epochs=2), tmp_path)
+    again = tuned(config, tmp_path)
+    assert [e["losses"] for e in whole.log] == [e["losses"] for e in again.log] and whole.best["validation"].epoch == again.best["validation"].epoch
+    for n, x in whole.best["validation"].state.items(): assert torch.equal(x, again.best["validation"].state[n]), n

@@ -6,11 +6,12 @@
 __all__ = ['POOLINGS', 'ADAPTATIONS', 'ENCODERS', 'Pooling', 'EncoderConfig', 'transformer_layers', 'is_embedding', 'adapt',
            'EncoderOutput', 'UtteranceBatch', 'UtteranceEncoder', 'load_encoder', 'UtteranceData']
 
-# %% ../../nbs/27_utterance_encoder.ipynb #017395c0
+# %% ../../nbs/27_utterance_encoder.ipynb #28376cdf
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..features.store import atomic_write
 from ..features.text import Pretrained, token_batches
 from ..losses import LossParts, focal_loss
 
-# %% ../../nbs/27_utterance_encoder.ipynb #1e0038f0
+# %% ../../nbs/27_utterance_encoder.ipynb #28b557aa
 POOLINGS = ("attentive", "mean", "first", "last")
 
 class Pooling(nn.Module):
@@ -55,7 +56,7 @@ class Pooling(nn.Module):
         spread = torch.einsum("bt,btd->bd", weights.to(hidden), (real - mean[:, None]).square())                 # exact where all states are alike
         return torch.cat([mean, spread.clamp_min(1e-9).sqrt()], 1)
 
-# %% ../../nbs/27_utterance_encoder.ipynb #2a8a27ba
+# %% ../../nbs/27_utterance_encoder.ipynb #144c8c78
 ADAPTATIONS = ("lora", "full", "frozen")
 
 @dataclass(kw_only=True)
@@ -128,7 +129,7 @@ def adapt(
         if config.frozen_layers: transformer_layers(base)[1][:config.frozen_layers].requires_grad_(False)
     return base
 
-# %% ../../nbs/27_utterance_encoder.ipynb #e95fbc1c
+# %% ../../nbs/27_utterance_encoder.ipynb #15e09669
 @dataclass
 class EncoderOutput:
     "What an utterance encoder says of a batch."
@@ -171,10 +172,13 @@ class UtteranceEncoder(nn.Module):
         self.embed_layer = nn.Linear(self.pool.width, config.width)
         self.classify = nn.Sequential(nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.width, config.classes))
 
-    @property
-    def pretrained(self) -> Pretrained:
-        "The transformer's name and what identifies its weights."
-        return Pretrained(self.config.encoder, self.config.revision)
+    @classmethod
+    def origin(cls, config: EncoderConfig) -> Pretrained:
+        "The transformer's name and what identifies its weights, without loading it."
+        return Pretrained(config.encoder, config.revision)
+
+    @cached_property
+    def pretrained(self) -> Pretrained: return self.origin(self.config)
 
     @property
     def hidden_width(self) -> int: return self.base.config.get_text_config().hidden_size
@@ -247,7 +251,7 @@ def load_encoder(
         for n, p in trained.items(): p.copy_(state[n])
     return encoder.eval()
 
-# %% ../../nbs/27_utterance_encoder.ipynb #19aee7ad
+# %% ../../nbs/27_utterance_encoder.ipynb #bb4de1c1
 class UtteranceData:
     "The utterances of conversations, one after the other, and batches of them."
     def __init__(self,
