@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'SureConfig', 'SureOutput', 'Sure']
 
-# %% ../../nbs/37_sure.ipynb #f64fc2dd
+# %% ../../nbs/37_sure.ipynb #6eaf07a3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .experts import GaussianExperts
 from .reasoning import IterativeReasoning, reason
 from .transformer import TransformerGate
 
-# %% ../../nbs/37_sure.ipynb #c2d014f6
+# %% ../../nbs/37_sure.ipynb #ab05c16a
 MODALITIES = ("text", "speech", "visual")
 
 @dataclass
@@ -75,7 +75,7 @@ class SureConfig:
         "A small one, for classical features or frozen sentence embeddings and two cores: same parts, narrower."
         return cls.paper(corpus, widths, classes, **dict(width=96, heads=4, input_dropout=0.3, dropout=0.4) | changes)
 
-# %% ../../nbs/37_sure.ipynb #4b3e551c
+# %% ../../nbs/37_sure.ipynb #ea382eec
 @dataclass
 class SureOutput:
     "What SURE says of a batch; all is 0 at padding, and at utterances without the modality where it is per modality."

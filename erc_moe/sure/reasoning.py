@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IterativeReasoning', 'reason']
 
-# %% ../../nbs/35_iterative_reasoning.ipynb #c4a2be0c
+# %% ../../nbs/35_iterative_reasoning.ipynb #7acf379d
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ragged import Layout
 from ..recurrence import bigru, lstm
 
-# %% ../../nbs/35_iterative_reasoning.ipynb #e3fe0889
+# %% ../../nbs/35_iterative_reasoning.ipynb #a8bf0909
 class IterativeReasoning(nn.Module):
     "Emotional cues of one modality, sought in the conversation in several steps (SURE, section 2.4, eqs 6-10)."
     def __init__(self,
