@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'ModelEntry', 'register', 'find_model', 'parse_changes']
 
-# %% ../nbs/44_models.ipynb #2a8fa1c2
+# %% ../nbs/44_models.ipynb #79d0ad7a
+import json
 from dataclasses import dataclass, field, fields
 
 from torch import nn
@@ -14,7 +15,7 @@ from .conversations import DataError
 from .mister_e import MisterE, MisterEConfig
 from .sure import Sure, SureConfig
 
-# %% ../nbs/44_models.ipynb #9d59733d
+# %% ../nbs/44_models.ipynb #20de30b2
 @dataclass(frozen=True)
 class ModelEntry:
     "What the rest of the library knows about a model."
@@ -58,21 +59,21 @@ def find_model(name: str) -> ModelEntry:
     if name not in MODELS: raise DataError(f"there is no model {name!r}", f"The models are {', '.join(MODELS)}.")
     return MODELS[name]
 
-# %% ../nbs/44_models.ipynb #1b91d96a
+# %% ../nbs/44_models.ipynb #15f161c5
 register(ModelEntry("mister_e", MisterE, MisterEConfig, training={
     "paper": {"meld": dict(batch_size=32)},
     "cpu": {"": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
             "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32),
             "mosi": dict(epochs=16, lr=5e-4)}}));
 
-# %% ../nbs/44_models.ipynb #565a5e39
+# %% ../nbs/44_models.ipynb #7d937439
 register(ModelEntry("sure", Sure, SureConfig, training={
     "paper": {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
               "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=32, lr=5e-6)},
     "cpu": {"": dict(epochs=20, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.1, ema=0.98),
             "iemocap": dict(lr=2e-3), "meld": dict(batch_size=32), "emorynlp": dict(batch_size=32)}}));
 
-# %% ../nbs/44_models.ipynb #5b6dd728
+# %% ../nbs/44_models.ipynb #cfe1fa6b
 def parse_changes(
     settings: list[str],       # "name=value" each
     *configs,                  # dataclass instances, the first that has the field takes it
@@ -89,7 +90,8 @@ def parse_changes(
     return changes
 
 def _parse(name, text, like):
-    kinds = {bool: lambda t: {"true": True, "false": False}[t.lower()], int: int, float: float, str: str}
+    kinds = {bool: lambda t: {"true": True, "false": False}[t.lower()], int: int, float: float, str: str,
+             type(None): json.loads}    # what is not set may be anything: a list, a dictionary
     if type(like) not in kinds: raise DataError(f"{name} cannot be set on the command line", "Use Python for it.")
     try: return kinds[type(like)](text)
-    except (ValueError, KeyError): raise DataError(f"{name} is {text!r}", f"It must be of type {type(like).__name__}, like {like!r}.") from None
+    except (ValueError, KeyError): raise DataError(f"{name} is {text!r}", "Write it as JSON." if like is None else f"It must be of type {type(like).__name__}, like {like!r}.") from None

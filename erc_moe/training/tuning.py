@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TUNING', 'deal_folds', 'TunedRun', 'tune', 'align', 'embed']
 
-# %% ../../nbs/47_tuning.ipynb #cb6582ef
+# %% ../../nbs/47_tuning.ipynb #a335cb7e
 import hashlib, json
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -19,13 +19,13 @@ from ..corpora import load_corpus
 from ..corpora.core import Corpus
 from ..encoders import ENCODERS, UtteranceEncoder, load_encoder
 from ..features.store import Extractor, FeatureStore
-from ..features.text import Pretrained, sha256_file
+from ..features.text import sha256_file
 from ..models import parse_changes
 from .folder import begin_run, first_process, summarise_run, temporary_folder, train_seed
 from .loop import SELECTION, TrainingConfig
 from .results import result_table
 
-# %% ../../nbs/47_tuning.ipynb #0f8ecaca
+# %% ../../nbs/47_tuning.ipynb #be2dc669
 def deal_folds(
     conversations: list[Conversation],
     folds: int,                            # K, two at least
@@ -39,7 +39,7 @@ def deal_folds(
         sizes[dealt[c.id]] += len(c)
     return dealt
 
-# %% ../../nbs/47_tuning.ipynb #02e0f0e2
+# %% ../../nbs/47_tuning.ipynb #cc437112
 class TunedRun:
     "A folder written by `tune`: encoders of one modality, their figures, and how training conversations were dealt."
     def __init__(self,
@@ -70,7 +70,7 @@ class TunedRun:
         "The training log: a dictionary per epoch."
         return [json.loads(line) for line in (self.encoder_folder(seed, fold).parent/"log.jsonl").read_text().splitlines()]
 
-# %% ../../nbs/47_tuning.ipynb #fd785f79
+# %% ../../nbs/47_tuning.ipynb #8af54560
 TUNING = {   # modality -> preset -> corpus, or "" for all -> changes to TrainingConfig
     "text": {"paper": {"": dict(epochs=50, batch_size=8, lr=1e-5)},
              "cpu": {"": dict(epochs=3, batch_size=32, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True), "meld": dict(epochs=2)}},
@@ -108,7 +108,7 @@ def tune(
     else: parsed = parse_changes(changes or [], training, config)
     training, config = replace(training, **parsed[0]), replace(config, **parsed[1])
     folder, dealt = Path(out) if out else temporary_folder(), deal_folds(corpus.splits["train"], folds) if folds else {}
-    described = asdict(config) | dict(encoder=Pretrained(name).title, weights=Pretrained(name, config.revision).weights)
+    described = asdict(config) | dict(encoder=kind.origin(config).title, weights=kind.origin(config).weights)
     settings = dict(
         model=f"{modality} encoder", modality=modality, encoder=described["encoder"], corpus=corpus.name, corpus_note=corpus.protocol_note, labels=corpus.labels, protocol=protocol,
         selection="test-selected: the epoch with the best test score" if protocol == "paper" else "the epoch with the best validation score",
@@ -123,7 +123,7 @@ def tune(
     summarise_run(folder, settings, seeds, corpus, device, command)
     return TunedRun(folder)
 
-# %% ../../nbs/47_tuning.ipynb #b748f811
+# %% ../../nbs/47_tuning.ipynb #56adb860
 def align(
     source: np.ndarray,    # (M, W) rows of one encoder
     target: np.ndarray,    # (M, W) rows of another for the same utterances
@@ -132,7 +132,7 @@ def align(
     (m, n), (u, _, v) = (source.mean(0), target.mean(0)), np.linalg.svd((source - source.mean(0)).T @ (target - target.mean(0)))
     return lambda rows: (rows - m) @ (u @ v) + n
 
-# %% ../../nbs/47_tuning.ipynb #87c502cc
+# %% ../../nbs/47_tuning.ipynb #495f1232
 def embed(
     run: TunedRun,
     corpus: Corpus,
