@@ -60,7 +60,7 @@ class SpeechData(UtteranceData):
     def __init__(self,
         conversations: list[Conversation],
         labels: list[str],
-        ear: "Ear",                         # makes a family's inputs of waves
+        ear,                                # an `Ear`: makes a family's inputs of waves
         seconds: float = 5.0,               # the longest that is heard
         crop: str = "random",               # or "start", "centre"
         missing: str = "error",             # or "absent"
