@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['MODELS', 'ModelEntry', 'register', 'find_model', 'parse_changes']
 
-# %% ../nbs/44_models.ipynb #79d0ad7a
+# %% ../nbs/44_models.ipynb #0d5c52d9
 import json
 from dataclasses import dataclass, field, fields
 
 from torch import nn
 
+from .baselines import ContextFree, ContextFreeConfig
 from .conversations import DataError
 from .mister_e import MisterE, MisterEConfig
 from .sure import Sure, SureConfig
 
-# %% ../nbs/44_models.ipynb #20de30b2
+# %% ../nbs/44_models.ipynb #a5391e7d
 @dataclass(frozen=True)
 class ModelEntry:
     "What the rest of the library knows about a model."
@@ -59,21 +60,25 @@ def find_model(name: str) -> ModelEntry:
     if name not in MODELS: raise DataError(f"there is no model {name!r}", f"The models are {', '.join(MODELS)}.")
     return MODELS[name]
 
-# %% ../nbs/44_models.ipynb #15f161c5
+# %% ../nbs/44_models.ipynb #d3561e13
+_cpu = {"": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
+        "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32), "mosi": dict(epochs=16)}
 register(ModelEntry("mister_e", MisterE, MisterEConfig, training={
     "paper": {"meld": dict(batch_size=32)},
-    "cpu": {"": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
-            "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32),
-            "mosi": dict(epochs=16, lr=5e-4)}}));
+    "cpu": _cpu | {"mosi": dict(epochs=16, lr=5e-4)}}));
 
-# %% ../nbs/44_models.ipynb #7d937439
+# %% ../nbs/44_models.ipynb #014ac53c
 register(ModelEntry("sure", Sure, SureConfig, training={
     "paper": {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
               "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=32, lr=5e-6)},
     "cpu": {"": dict(epochs=20, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.1, ema=0.98),
             "iemocap": dict(lr=2e-3), "meld": dict(batch_size=32), "emorynlp": dict(batch_size=32)}}));
 
-# %% ../nbs/44_models.ipynb #cfe1fa6b
+# %% ../nbs/44_models.ipynb #b77f1199
+register(ModelEntry("context_free", ContextFree, ContextFreeConfig, training={
+    "paper": {"": dict(lr=1e-4), "meld": dict(batch_size=32)}, "cpu": _cpu}));
+
+# %% ../nbs/44_models.ipynb #88c7bf13
 def parse_changes(
     settings: list[str],       # "name=value" each
     *configs,                  # dataclass instances, the first that has the field takes it
