@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
-# %% ../../nbs/33_mister_e.ipynb #efd391c1
+# %% ../../nbs/33_mister_e.ipynb #d68b8603
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .fusion import FusionNetwork
 from .gate import Gate
 from ..ragged import Layout, dropout
 
-# %% ../../nbs/33_mister_e.ipynb #f32ddc14
+# %% ../../nbs/33_mister_e.ipynb #88ce51c5
 @dataclass
 class MisterEConfig:
     "Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss. Section 4.2 has the defaults."
@@ -40,6 +40,7 @@ class MisterEConfig:
     gate_hidden: int = 10                # of the "mlp"
     gate_temperature: float = 1.         # divides the gate's logits; 2 in the released code
     gamma: float = 3.                    # focal loss (eq 19)
+    expert_weight: float = 1.            # of the experts' own focal losses; 0: "No-LOSS-MoE" (section 4.7)
     contrastive_weight: float = 1.       # lambda (eq 15)
     temperature: float = 1.              # tau of the contrastive loss (eq 14)
     consistency: str = "directed"        # "directed" (eq 17) or "symmetric" over all pairs (released code)
@@ -87,7 +88,7 @@ class MisterEConfig:
         switches = dict(gate="mlp", gate_temperature=2., consistency="symmetric", heads=3, reduction="mean")
         return cls.paper(corpus, widths, classes, **switches | changes)
 
-# %% ../../nbs/33_mister_e.ipynb #00364dd6
+# %% ../../nbs/33_mister_e.ipynb #3a792e25
 @dataclass
 class MisterEOutput:
     "What MiSTER-E says of a batch; logits and weights are 0 at padding."
@@ -96,7 +97,7 @@ class MisterEOutput:
     gate: Tensor|None                       # (B, N, E) in the order of `experts`
     representations: Tensor|None            # (2, M, W) of the fusion network, real utterances only, speech then text
 
-# %% ../../nbs/33_mister_e.ipynb #3ecdd412
+# %% ../../nbs/33_mister_e.ipynb #c82c59d9
 class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
     "Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E, section 3)."
     config_class = MisterEConfig
@@ -104,7 +105,7 @@ class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
         config: MisterEConfig|dict,    # a dict is what config.json holds
     ):
         super().__init__()
-        c = self.config = config if isinstance(config, MisterEConfig) else MisterEConfig(**config)
+        c = self.config = config if isinstance(config, MisterEConfig) else self.config_class(**config)
         self.context = nn.ModuleDict({m: ContextNetwork(d, c.classes, c.hidden, c.layers, c.context_dropout) for m, d in c.widths.items()})
         self.fusion = self.gate = None
         if len(c.widths) > 1:
@@ -112,11 +113,8 @@ class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
             self.gate = Gate(len(c.experts), c.classes, c.gate, c.gate_hidden, c.gate_temperature)
 
     def forward(self, batch: ConversationBatch) -> MisterEOutput:
-        layout, widths = Layout(batch.mask), self.config.widths
-        seen = {m: self._seen(batch, m) for m in widths}                                         # (B, N)
-        xs = {m: self._embeddings(batch, m, layout, seen[m]) for m in widths}                    # (M, D_m)
-        nets = [self.context[m] for m in widths]
-        said = [net.classify(h) for net, h in zip(nets, add_context(nets, [*xs.values()], layout))]   # (M, C) each
+        layout, seen, xs, contexts = self._contexts(batch)
+        said = [self.context[m].classify(h) for m, h in contexts.items()]                        # (M, C) each
         if self.fusion is None: return MisterEOutput(layout.padded(said[0]), {}, None, None)
         joint, representations = self.fusion(xs, seen, layout)
         experts = torch.stack([*said, joint], 1)                                                 # (M, E, C)
@@ -124,6 +122,13 @@ class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
         logits, weights = self.gate(experts, available)
         return MisterEOutput(layout.padded(logits), dict(zip(self.config.experts, layout.padded(experts).unbind(2))),
                              layout.padded(weights), representations)
+
+    def _contexts(self, batch):
+        "The layout, and per modality: where it was seen (B, N), its embeddings (M, D_m), the same in context (M, 2*hidden)."
+        layout, widths = Layout(batch.mask), self.config.widths
+        seen = {m: self._seen(batch, m) for m in widths}
+        xs = {m: self._embeddings(batch, m, layout, seen[m]) for m in widths}
+        return layout, seen, xs, dict(zip(widths, add_context([*self.context.values()], [*xs.values()], layout)))
 
     def _embeddings(self, batch, modality, layout, seen):
         if modality not in batch.features:
@@ -144,8 +149,8 @@ class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
         if self.fusion is None:
             return LossParts({m: focal(output.logits, labels.where(layout.flat(self._seen(batch, m)), -1)) for m in c.widths})
         present = torch.stack([layout.flat(self._seen(batch, m)) for m in c.widths], 1)          # (M, 2)
-        parts = {m: focal(output.experts[m], labels.where(seen, -1)) for m, seen in zip(c.widths, present.T)}
-        parts["multimodal"] = focal(output.experts["multimodal"], labels)
+        parts = {m: c.expert_weight * focal(output.experts[m], labels.where(seen, -1)) for m, seen in zip(c.widths, present.T)}
+        parts["multimodal"] = c.expert_weight * focal(output.experts["multimodal"], labels)
         parts["mixture"] = focal(output.logits, labels)
         parts["contrastive"] = c.contrastive_weight * contrastive_loss(
             *output.representations, labels, layout.conversation, c.temperature, c.reduction, present)
