@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DROPPED', 'prepared', 'is_current', 'drop', 'train_cell', 'reproduce']
 
-# %% ../../nbs/56_reproduce.ipynb #74b7f37f
-import multiprocessing, os, shutil
+# %% ../../nbs/56_reproduce.ipynb #c3b2cd3e
+import hashlib, json, multiprocessing, os, shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -27,7 +27,7 @@ from ..training.loop import ConversationTensors, dataset, epoch_seed, fit, load_
 from ..training.results import provenance
 from ..training.runs import configure
 
-# %% ../../nbs/56_reproduce.ipynb #3670e3ab
+# %% ../../nbs/56_reproduce.ipynb #6ff717f8
 @lru_cache(maxsize=4)
 def _prepared(corpus, features, data, cache):
     corpus = load_corpus(corpus, data)
@@ -42,7 +42,7 @@ def prepared(
     "What `cell` is trained on."
     return _prepared(cell.corpus, tuple(sorted(cell.features.items())), data, cache)
 
-# %% ../../nbs/56_reproduce.ipynb #85e00356
+# %% ../../nbs/56_reproduce.ipynb #fd972046
 def _key(cell, corpus, widths, feature_hash):
     config, training = configure(cell.model, corpus, widths, cell.preset, cell.changes)
     code = code_hash(find_model(cell.model).model.__module__, "erc_moe.training.loop")
@@ -57,7 +57,7 @@ def is_current(
     "Whether the record was made with today's configuration, split, features and code."
     return record["key"] == _key(cell, *prepared(cell, data, cache))[2]["key"]
 
-# %% ../../nbs/56_reproduce.ipynb #27f28b0f
+# %% ../../nbs/56_reproduce.ipynb #1f967fea
 def drop(
     conversations: list[Conversation],    # with features
     modality: str,
@@ -71,7 +71,7 @@ def drop(
 
 DROPPED = tuple(round(.1*i, 1) for i in range(1, 10))    # the probabilities that a detailed record knows
 
-# %% ../../nbs/56_reproduce.ipynb #6f467157
+# %% ../../nbs/56_reproduce.ipynb #1f1bfb4a
 def train_cell(
     cell: Cell,
     detail: bool = False,           # keep what the experts said, the gate's weights, and scores with utterances dropped
@@ -111,7 +111,7 @@ def _detail(model, corpus, test, device):
         return round(score(model, data).weighted_f1(data.truth)["mixture"], 6)
     return kept | dict(dropped={m: {str(p): f1(m, p) for p in DROPPED} for m in model.config.widths} if len(model.config.widths) > 1 else {})
 
-# %% ../../nbs/56_reproduce.ipynb #d74314e7
+# %% ../../nbs/56_reproduce.ipynb #8efcefc5
 def _one_thread(): torch.set_num_threads(1)
 
 def _records(todo, workers, *args):
