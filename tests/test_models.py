@@ -13,6 +13,7 @@ from erc_moe.models import MODELS
 LABELS, WIDTHS = ["neutral", "joy", "anger"], {"text": 4, "speech": 5, "visual": 3}
 SMALL = dict(mister_e=dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2),     # smaller than the preset "cpu", where it helps
              sure=dict(width=8, heads=2))
+SMALL |= {name: SMALL["mister_e"] for name in ("mister_e_monolithic", "mister_e_features")}
 VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],                      # beside the model itself
                 sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)])
 NO_CONTEXT = {"context_free"}     # an utterance teaches these only where it has a label of its own
