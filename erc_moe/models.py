@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['MODELS', 'ModelEntry', 'register', 'find_model', 'parse_changes']
 
-# %% ../nbs/44_models.ipynb #f566be06
+# %% ../nbs/44_models.ipynb #7a0fdb24
 import json
 from dataclasses import dataclass, field, fields
 
 from torch import nn
 
-from .baselines import ContextFree, ContextFreeConfig
+from .baselines import (BcLstm, BcLstmConfig, ContextFree, ContextFreeConfig, DialogueRnn, DialogueRnnConfig, LateFusion, LateFusionConfig,
+                               Sdt, SdtConfig)
 from .conversations import DataError
 from .mister_e import FeatureMixture, FeatureMixtureConfig, MisterE, MisterEConfig, Monolithic, MonolithicConfig
 from .sure import Sure, SureConfig
 
-# %% ../nbs/44_models.ipynb #c0960bed
+# %% ../nbs/44_models.ipynb #f552cf7b
 @dataclass(frozen=True)
 class ModelEntry:
     "What the rest of the library knows about a model."
@@ -60,29 +61,36 @@ def find_model(name: str) -> ModelEntry:
     if name not in MODELS: raise DataError(f"there is no model {name!r}", f"The models are {', '.join(MODELS)}.")
     return MODELS[name]
 
-# %% ../nbs/44_models.ipynb #aaa30560
+# %% ../nbs/44_models.ipynb #31049405
 _cpu = {"": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
         "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32), "mosi": dict(epochs=16)}
 register(ModelEntry("mister_e", MisterE, MisterEConfig, training={
     "paper": {"meld": dict(batch_size=32)},
     "cpu": _cpu | {"mosi": dict(epochs=16, lr=5e-4)}}));
 
-# %% ../nbs/44_models.ipynb #66763029
+# %% ../nbs/44_models.ipynb #26f1e35b
 register(ModelEntry("mister_e_monolithic", Monolithic, MonolithicConfig, training=MODELS["mister_e"].training))
 register(ModelEntry("mister_e_features", FeatureMixture, FeatureMixtureConfig, training=MODELS["mister_e"].training));
 
-# %% ../nbs/44_models.ipynb #21b3d8e7
+# %% ../nbs/44_models.ipynb #e4a29d00
 register(ModelEntry("sure", Sure, SureConfig, training={
     "paper": {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
               "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=32, lr=5e-6)},
     "cpu": {"": dict(epochs=20, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.1, ema=0.98),
             "iemocap": dict(lr=2e-3), "meld": dict(batch_size=32), "emorynlp": dict(batch_size=32)}}));
 
-# %% ../nbs/44_models.ipynb #f9be8222
-register(ModelEntry("context_free", ContextFree, ContextFreeConfig, training={
-    "paper": {"": dict(lr=1e-4), "meld": dict(batch_size=32)}, "cpu": _cpu}));
+# %% ../nbs/44_models.ipynb #f9475ab5
+for _name, _model, _config, _paper in (
+        ("context_free", ContextFree, ContextFreeConfig, {"": dict(lr=1e-4), "meld": dict(batch_size=32)}),
+        ("bc_lstm", BcLstm, BcLstmConfig, {"": dict(epochs=60, batch_size=32, lr=1e-4, weight_decay=1e-5)}),
+        ("dialogue_rnn", DialogueRnn, DialogueRnnConfig, {"": dict(epochs=60, batch_size=30, lr=1e-4, weight_decay=1e-5),
+                                                          "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=100, lr=5e-4)}),
+        ("sdt", Sdt, SdtConfig, {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
+                                 "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=8, lr=5e-6)}),
+        ("late_fusion", LateFusion, LateFusionConfig, {"meld": dict(batch_size=32)})):
+    register(ModelEntry(_name, _model, _config, training={"paper": _paper, "cpu": _cpu}))
 
-# %% ../nbs/44_models.ipynb #8fbf4213
+# %% ../nbs/44_models.ipynb #5e15842c
 def parse_changes(
     settings: list[str],       # "name=value" each
     *configs,                  # dataclass instances, the first that has the field takes it

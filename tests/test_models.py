@@ -12,11 +12,13 @@ from erc_moe.models import MODELS
 
 LABELS, WIDTHS = ["neutral", "joy", "anger"], {"text": 4, "speech": 5, "visual": 3}
 SMALL = dict(mister_e=dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2),     # smaller than the preset "cpu", where it helps
-             sure=dict(width=8, heads=2))
+             sure=dict(width=8, heads=2), sdt=dict(width=8, heads=2))
 SMALL |= {name: SMALL["mister_e"] for name in ("mister_e_monolithic", "mister_e_features")}
 VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],                      # beside the model itself
                 sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)])
-NO_CONTEXT = {"context_free"}     # an utterance teaches these only where it has a label of its own
+TAUGHT = dict(context_free=lambda seen, known: seen & known,                                   # (B, N) each: which observed features get a gradient;
+              late_fusion=lambda seen, known: seen & (seen & known).any(1, keepdim=True))       # in a model with context and a joint loss all of them
+NO_GATE = {"sdt", "late_fusion"}   # their experts are told, and no gate weighs them
 CASES = [(name, changes) for name in MODELS for changes in ({}, *VARIANTS.get(name, []))]
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 seeds = st.integers(0, 2**16)
@@ -115,7 +117,7 @@ def test_an_absent_modality_is_missing(model, lengths, seed):
 def test_gate_weights_sum_to_one(model, lengths, seed):
     batch = collate(conversations(lengths, seed, observed=.5), LABELS)
     out = model(batch)
-    assert (out.gate is None) == (not out.experts)
+    assert (out.gate is None) == (not out.experts or model.config.model in NO_GATE)
     if out.gate is None: return
     assert (out.gate >= 0).all()
     torch.testing.assert_close(out.gate.sum(-1), batch.mask.double(), atol=1e-12, rtol=0)
@@ -128,8 +130,7 @@ def test_absent_features_get_no_gradient(model):
     batch.features = {m: x.double().requires_grad_() for m, x in batch.features.items()}
     model.loss(model(batch), batch).total.backward()
     for m in model.config.widths:
-        grad, taught = batch.features[m].grad, batch.present[m]
-        if model.config.model in NO_CONTEXT: taught = taught & (batch.labels >= 0)
+        grad, taught = batch.features[m].grad, TAUGHT.get(model.config.model, lambda seen, known: seen)(batch.present[m], batch.labels >= 0)
         assert not grad[~taught].any()
         assert (grad[taught].abs().sum(-1) > 0).all()
 
