@@ -1,0 +1,195 @@
+"Experiments: what is on record is not repeated, what was stopped carries on, and every number can be computed again from predictions."
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+
+from erc_moe.conversations import DataError
+from erc_moe.corpora import load_corpus
+from erc_moe.evaluation import accuracy
+from erc_moe.experiments import EXPERIMENTS, Cell, Experiment, Ledger, Row, find_experiments, reproduce
+from erc_moe.experiments.claims import CLAIMS
+from erc_moe.experiments.ledger import as_characters, code_hash, from_characters
+from erc_moe.experiments.run import is_current, train_cell
+from erc_moe.experiments.tables import check, difference, results, statuses, table
+from erc_moe.models import MODELS
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dict(epochs=2, hidden=8)
+TABLE = Experiment("example/table", "a table", "a test", ("sample",), reference="with", seeds=2, rows=(
+    Row("with", features="frozen", modalities=("text",), changes=QUICK, paper=dict(sample=50.0)), Row("without", features="frozen", modalities=("text",), changes=QUICK | dict(gamma=0.0), paper=dict(sample=40.0)),
+    Row("elsewhere", features="llama+salmonn", paper=dict(sample=60.0)), Row("cited", None, paper=dict(sample=70.0))))
+
+
+def scores(ledger, experiment=TABLE):
+    return {c.identity: {k: ledger.find(c)[k] for k in ("key", "strict", "test_selected", "curve")} for c, _ in experiment.cells()}
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    return reproduce([TABLE], results=tmp_path_factory.mktemp("records"), workers=1, device="cpu", tell=lambda line: None)
+
+
+def test_several_at_a_time_give_what_one_at_a_time_gives(ledger, tmp_path):
+    assert scores(reproduce([TABLE], results=tmp_path, workers=2, device="cpu", tell=lambda line: None)) == scores(ledger)
+
+
+def test_a_deleted_file_is_made_again_with_the_same_scores(ledger, tmp_path):
+    again = reproduce([TABLE], results=tmp_path, workers=1, device="cpu", tell=lambda line: None)
+    again.path(TABLE.cells()[0][0]).unlink()
+    lines = []
+    again = reproduce([TABLE], results=tmp_path, workers=1, device="cpu", tell=lines.append)
+    assert lines[0] == "4 trainings: 0 on record, 4 to do" and scores(again) == scores(ledger)
+
+
+def test_a_lost_line_is_the_only_one_made_again(ledger, tmp_path):
+    (tmp_path/"cpu").mkdir()
+    path = ledger.path(TABLE.cells()[0][0])
+    lines = path.read_text().splitlines()
+    (tmp_path/"cpu"/path.name).write_text("\n".join(lines[1:]) + "\n")
+    said = []
+    reproduce([TABLE], results=tmp_path, workers=1, device="cpu", tell=said.append)
+    assert said[0] == "4 trainings: 3 on record, 1 to do"
+
+
+def test_a_killed_reproduction_carries_on(ledger, tmp_path):
+    program = ("from erc_moe.experiments import *\nfrom erc_moe.experiments import declare\nimport sys\nsys.path.insert(0, %r)\nfrom test_experiments import TABLE\n"
+               "if __name__ == '__main__': reproduce([TABLE], results='records', workers=1, device='cpu')\n") % str(ROOT/"tests")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path/"records"/"cpu"/"mister_e-sample.jsonl"
+    while not path.exists() and process.poll() is None: time.sleep(.05)
+    process.kill(); process.wait()
+    kept = path.read_text().splitlines()
+    assert kept and all(json.loads(line)["key"] for line in kept)
+    said = []
+    again = reproduce([TABLE], results=tmp_path/"records", workers=1, device="cpu", tell=said.append)
+    assert said[0] == f"4 trainings: {len(kept)} on record, {4 - len(kept)} to do" and scores(again) == scores(ledger)
+
+
+def test_both_protocols_are_of_one_trajectory(ledger):
+    for cell, _ in TABLE.cells():
+        r = ledger.find(cell)
+        validation, test = r["curve"]["validation"], r["curve"]["test"]
+        assert r["strict"]["epoch"] == 1 + int(np.argmax(validation)) and r["test_selected"]["epoch"] == 1 + int(np.argmax(test))
+        for p in ("strict", "test_selected"):
+            assert r[p]["test"] == pytest.approx(test[r[p]["epoch"] - 1], abs=1e-4)
+            assert r[p]["validation"] == pytest.approx(validation[r[p]["epoch"] - 1], abs=1e-4)
+
+
+def test_a_strict_training_is_the_strict_column(ledger, tmp_path):
+    "The test split that the paper protocol looks at changes nothing in the training."
+    from erc_moe.training import train
+    cell = TABLE.cells()[0][0]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = train(cell.model, cell.corpus, **cell.features, changes=cell.changes, seeds=[cell.seed], protocol="strict", device="cpu", progress=False, out=tmp_path/"run")
+    torch.set_num_threads(before)
+    strict = ledger.find(cell)["strict"]
+    assert run.summary["test"]["weighted_f1"]["mean"] == pytest.approx(strict["test"], abs=1e-6)
+    labels = load_corpus("sample").labels
+    assert [labels[i] for i in from_characters(strict["predicted"])] == run.predictions(cell.seed).predicted.tolist()
+
+
+def test_a_record_of_other_code_settings_or_features_is_stale(ledger, monkeypatch):
+    cell = TABLE.cells()[0][0]
+    record = ledger.find(cell)
+    assert is_current(cell, record)
+    assert not is_current(replace(cell, changes=cell.changes | dict(lr=.5)), record)
+    assert not is_current(replace(cell, seed=1), record)
+    assert not is_current(replace(cell, features={"speech": "egemaps"}), record)
+    from erc_moe.experiments import run
+    monkeypatch.setattr(run, "code_hash", lambda *modules: "of tomorrow")
+    assert not is_current(cell, record)
+
+
+def test_scores_are_those_of_the_predictions(ledger):
+    truth = from_characters("".join(ledger.truth("sample")["test"].values()))
+    known = truth >= 0
+    for (name, corpus), r in results(TABLE, ledger).items():
+        for protocol in ("strict", "test_selected"):
+            said = [from_characters(x[protocol]["predicted"])[known] for x in r.records]
+            assert r.score(protocol)["per_seed"] == pytest.approx([f1_score(truth[known], s, average="weighted") for s in said])
+            assert r.score(protocol, accuracy)["per_seed"] == pytest.approx([accuracy_score(truth[known], s) for s in said])
+    found = results(TABLE, ledger)
+    assert difference(found["with", "sample"], found["without", "sample"]).difference == pytest.approx(found["with", "sample"].score()["mean"] - found["without", "sample"].score()["mean"])
+
+
+def test_the_table_has_every_row_and_the_papers_numbers(ledger):
+    t = table(TABLE, ledger)["sample"]
+    assert t.index.tolist() == ["with", "without", "elsewhere", "cited"] and t["paper"].tolist() == ["50.0", "40.0", "60.0", "70.0"]
+    assert t["seeds"].tolist() == [2, 2, "", ""] and t.loc["with", "less with"] == "" and t.loc["without", "less with"]
+    assert "strict" not in table(TABLE, ledger, by_validation=True)["sample"]
+    s = statuses(TABLE, ledger).set_index("row").status
+    assert s["elsewhere"] == s["cited"] == "needs weights or data not at hand" and s["with"] in ("not reproduced", "reproduced within one standard deviation")
+
+
+def test_what_is_not_at_hand_is_told_and_left_out(tmp_path):
+    said = []
+    far = Experiment("example/far", "", "", ("meld",), (Row("far", features="llama+salmonn"),))
+    reproduce([far], results=tmp_path, stores=tmp_path, tell=said.append)
+    assert any("meld-llama" in line and "Llama-3.1-8B" in line for line in said) and not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("classes", [[], [0], [-1, 0, 9, 10, 35], list(range(-1, 36))])
+def test_characters_come_back(classes):
+    assert from_characters(as_characters(classes)).tolist() == classes and len(as_characters(classes)) == len(classes)
+
+
+def test_a_word_more_leaves_the_code_hash_and_an_operator_less_does_not(tmp_path, monkeypatch):
+    import erc_moe
+    from erc_moe.experiments import ledger as module
+    (tmp_path/"a.py").write_text('"Doc."\nfrom .b import g\ndef f(x):\n    "Doc."\n    return g(x) + 1\n'); (tmp_path/"b.py").write_text("def g(x): return x\n")
+    monkeypatch.setattr(erc_moe, "__file__", str(tmp_path/"__init__.py"))
+    def now():
+        module.code_modules.cache_clear(); module.code_hash.cache_clear()
+        return code_hash("erc_moe.a")
+    first = now()
+    (tmp_path/"a.py").write_text('"Another."\nfrom .b import g\n\ndef f(x):\n    # what it does\n    return g(x)   + 1\n')
+    assert now() == first
+    (tmp_path/"b.py").write_text("def g(x): return -x\n")
+    assert now() != first
+    monkeypatch.undo(); module.code_modules.cache_clear(); module.code_hash.cache_clear()
+
+
+def test_wrong_names_are_refused_with_the_right_ones():
+    with pytest.raises(DataError, match="mister_e/table2"): find_experiments("table2")
+    with pytest.raises(DataError, match="no model"): train_cell(Cell("nobody", "sample", {"text": "minilm"}), device="cpu")
+    with pytest.raises(DataError, match="an option 'gama'"): train_cell(Cell("mister_e", "sample", {"text": "minilm"}, dict(gama=1)), device="cpu")
+
+
+def test_every_claim_is_about_rows_that_are_run():
+    for c in CLAIMS:
+        for side in (c.better, c.worse): assert find_experiments(side.experiment)[0].row(side.row).model in MODELS
+    assert len({(c.says, c.corpora) for c in CLAIMS}) == len(CLAIMS)
+
+
+RECORDS = sorted((ROOT/"results"/"reproduce").glob("*/*.jsonl"))
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_committed_records_are_whole(path):
+    "Every line has what a result must have, its scores are those of its predictions, and none carries a machine's path."
+    ledger = Ledger(ROOT/"results"/"reproduce")
+    for line in path.read_text().splitlines():
+        assert str(ROOT) not in line and "/tmp" not in line
+        r = json.loads(line)
+        for key in ("cell", "key", "split_hash", "feature_hash", "code", "strict", "test_selected", "curve", "config", "versions", "device", "code_revision", "seconds"): assert r.get(key), (path.name, key)
+        truth = ledger.truth(r["cell"]["corpus"])
+        assert truth["split_hash"] == r["split_hash"] and not r["code_revision"].endswith("+")
+        y = from_characters("".join(truth["test"].values()))
+        for protocol in ("strict", "test_selected"):
+            assert f1_score(y[y >= 0], from_characters(r[protocol]["predicted"])[y >= 0], average="weighted") == pytest.approx(r[protocol]["test"], abs=1e-5)
+        assert ledger.find(Cell(**r["cell"])) == r
+
+
+def test_committed_records_are_of_declared_rows():
+    declared = {c.identity for e in EXPERIMENTS.values() for c, _ in e.cells()} | {c.identity for e in EXPERIMENTS.values() for c, _ in e.cells("paper")}
+    stray = [line[:120] for p in RECORDS for line in p.read_text().splitlines() if Cell(**json.loads(line)["cell"]).identity not in declared]
+    assert not stray, "a row that is no longer declared has records"
