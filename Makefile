@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test results tuned notebooks bench wheel clean
+.PHONY: help setup demo test results tuned reproduce notebooks bench wheel clean
 
 help:            ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -67,6 +67,9 @@ endef
 tuned: setup     ## stage 1 on the real corpora: tune, embed, train on the embeddings (an hour and a half), and renew results/
 	$(call tuned_rows,meld,prosody8,,)
 	$(call tuned_rows,iemocap,gemaps47+prosody8,--set lr=3e-4,+minilm)
+
+reproduce: setup ## every table and figure of both papers, from ERC_MOE_DATA and what `make tuned` left (hours); what is on record is not repeated
+	$(BIN)/erc_moe_reproduce all
 
 notebooks: setup ## export the notebooks to the package, run them all, save their outputs, renew README.md
 	$(BIN)/nbdev_export
