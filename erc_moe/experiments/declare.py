@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FEATURES', 'EXPERIMENTS', 'Cell', 'Row', 'Experiment', 'lacking', 'declare', 'find_experiments']
 
-# %% ../../nbs/54_experiments.ipynb #7202a021
+# %% ../../nbs/54_experiments.ipynb #0387c9c0
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..conversations import DataError
 
-# %% ../../nbs/54_experiments.ipynb #98f66921
+# %% ../../nbs/54_experiments.ipynb #cda6f3ce
 _SPEECH = dict(iemocap="gemaps47+prosody8", meld="prosody8", mosi="audio73", sample="egemaps")    # what the corpora's files hold, or is extracted from their sound
 
 def _set(text, corpora, speech=_SPEECH):
@@ -34,7 +34,7 @@ FEATURES: dict[str, dict[str, dict[str, str]]] = {    # name -> corpus -> modali
 }
 FEATURES["stage1"] = {c: FEATURES["crossfit" if c == "iemocap" else "tuned"][c] for c in ("iemocap", "meld")} | {c: FEATURES["frozen"][c] for c in ("mosi", "emorynlp", "sample")}
 
-# %% ../../nbs/54_experiments.ipynb #447afa98
+# %% ../../nbs/54_experiments.ipynb #919b774f
 @dataclass(frozen=True)
 class Cell:
     "One training: what it is, in words that need no data to be read."
@@ -53,7 +53,7 @@ class Cell:
     def __hash__(self): return hash(self.identity)
     def __eq__(self, other): return isinstance(other, Cell) and self.identity == other.identity
 
-# %% ../../nbs/54_experiments.ipynb #86424d80
+# %% ../../nbs/54_experiments.ipynb #b17e89a6
 @dataclass(frozen=True)
 class Row:
     "One row of a table, or one point of a curve."
@@ -102,7 +102,7 @@ class Experiment:
         return [(cell, row) for row in self.rows for corpus in self.corpora for seed in range(self.seeds if seeds is None else seeds)
                 if (cell := row.cell(corpus, preset, seed, stores))]
 
-# %% ../../nbs/54_experiments.ipynb #aa776d6d
+# %% ../../nbs/54_experiments.ipynb #5275a9da
 _MADE_BY = {"tuned": "make tuned", "crossfit": "make tuned", "llama": "--encoder meta-llama/Llama-3.1-8B", "roberta": "--encoder FacebookAI/roberta-large", "qwen2.5": "--encoder Qwen/Qwen2.5-7B",
             "gemma": "--encoder google/gemma-7b", "salmonn": "--modality speech --encoder salmonn-7b", "salmonn-13b": "--modality speech --encoder salmonn-13b",
             "qwen2-audio": "--modality speech --encoder Qwen/Qwen2-Audio-7B", "wav2vec": "--modality speech --encoder facebook/wav2vec2-large",
@@ -118,7 +118,7 @@ def lacking(
         return f"erc_moe_tune {by}, then erc_moe_embed" if by.startswith("--") else by
     return {s: made(s) for s in stores}
 
-# %% ../../nbs/54_experiments.ipynb #4c5c3818
+# %% ../../nbs/54_experiments.ipynb #15f3cbff
 EXPERIMENTS: dict[str, Experiment] = {}
 
 def declare(experiment: Experiment) -> Experiment:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DROPPED', 'prepared', 'is_current', 'drop', 'train_cell', 'reproduce']
 
-# %% ../../nbs/56_reproduce.ipynb #c3b2cd3e
-import hashlib, json, multiprocessing, os, shutil
+# %% ../../nbs/56_reproduce.ipynb #de9e20c8
+import hashlib, json, multiprocessing, os, shutil, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..conversations import Conversation, DataError
+from ..conversations import Conversation
 from ..corpora import load_corpus
 from ..corpora.core import Corpus
-from .declare import Cell, Experiment, Row, lacking
+from .declare import Cell, Experiment, lacking
 from .ledger import Ledger, as_characters, code_hash
 from ..features import FeaturePipeline
 from ..models import find_model
@@ -27,7 +27,7 @@ from ..training.loop import ConversationTensors, dataset, epoch_seed, fit, load_
 from ..training.results import provenance
 from ..training.runs import configure
 
-# %% ../../nbs/56_reproduce.ipynb #6ff717f8
+# %% ../../nbs/56_reproduce.ipynb #b4c800ca
 @lru_cache(maxsize=4)
 def _prepared(corpus, features, data, cache):
     corpus = load_corpus(corpus, data)
@@ -42,7 +42,7 @@ def prepared(
     "What `cell` is trained on."
     return _prepared(cell.corpus, tuple(sorted(cell.features.items())), data, cache)
 
-# %% ../../nbs/56_reproduce.ipynb #fd972046
+# %% ../../nbs/56_reproduce.ipynb #4dbfce88
 def _key(cell, corpus, widths, feature_hash):
     config, training = configure(cell.model, corpus, widths, cell.preset, cell.changes)
     code = code_hash(find_model(cell.model).model.__module__, "erc_moe.training.loop")
@@ -57,7 +57,7 @@ def is_current(
     "Whether the record was made with today's configuration, split, features and code."
     return record["key"] == _key(cell, *prepared(cell, data, cache))[2]["key"]
 
-# %% ../../nbs/56_reproduce.ipynb #1f967fea
+# %% ../../nbs/56_reproduce.ipynb #15360f90
 def drop(
     conversations: list[Conversation],    # with features
     modality: str,
@@ -71,7 +71,7 @@ def drop(
 
 DROPPED = tuple(round(.1*i, 1) for i in range(1, 10))    # the probabilities that a detailed record knows
 
-# %% ../../nbs/56_reproduce.ipynb #1f1bfb4a
+# %% ../../nbs/56_reproduce.ipynb #b668d463
 def train_cell(
     cell: Cell,
     detail: bool = False,           # keep what the experts said, the gate's weights, and scores with utterances dropped
@@ -111,19 +111,22 @@ def _detail(model, corpus, test, device):
         return round(score(model, data).weighted_f1(data.truth)["mixture"], 6)
     return kept | dict(dropped={m: {str(p): f1(m, p) for p in DROPPED} for m in model.config.widths} if len(model.config.widths) > 1 else {})
 
-# %% ../../nbs/56_reproduce.ipynb #8efcefc5
-def _one_thread(): torch.set_num_threads(1)
+# %% ../../nbs/56_reproduce.ipynb #c8e326c7
+def _begin_worker():
+    "One thread, and the end when the process that began it ends."
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 def _records(todo, workers, *args):
     "The record of every (cell, detail), as they are finished; with one worker in this process."
     if workers == 1:
         threads = torch.get_num_threads()
-        _one_thread()
+        torch.set_num_threads(1)
         try:
             for cell, detail in todo: yield train_cell(cell, detail, *args)
         finally: torch.set_num_threads(threads)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     try: yield from (done.result() for done in as_completed([pool.submit(train_cell, cell, detail, *args) for cell, detail in todo]))
     finally: pool.shutdown(cancel_futures=True)
 
