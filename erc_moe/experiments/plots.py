@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPUS_NAMES', 'OURS', 'PAPERS', 'plot_rows', 'plot_differences', 'plot_curve']
 
-# %% ../../nbs/59_result_plots.ipynb #a9bf4d88
+# %% ../../nbs/59_result_plots.ipynb #f56fc764
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ from .declare import Experiment, find_experiments
 from .ledger import Ledger
 from .tables import difference, results
 
-# %% ../../nbs/59_result_plots.ipynb #bd058060
+# %% ../../nbs/59_result_plots.ipynb #29b7123e
 CORPUS_NAMES = dict(iemocap="IEMOCAP", meld="MELD", mosi="CMU-MOSI", emorynlp="EmoryNLP", sample="sample corpus")
 OURS, PAPERS = "#333333", "#d55e00"
 _STRICT = dict(marker="o", ms=6, color=OURS, ls="none", label="ours, strict")
@@ -25,20 +25,29 @@ _PAPER = dict(marker="D", ms=6, mfc="none", mec=PAPERS, mew=1.5, ls="none", labe
 
 def _experiment(x): return find_experiments(x)[0] if isinstance(x, str) else x
 
-def _panels(experiment, corpora, height, width, sharey):
+def _names(experiment, names):
+    "Those asked for, or all; a `DataError` for one that the experiment does not have."
+    known = [r.name for r in experiment.rows]
+    if (unknown := [n for n in names if n not in known]): raise DataError(f"{experiment.name} has no row {unknown[0]!r}", f"It has {', '.join(known)}.")
+    return names or known
+
+def _panels(corpora, height, width, sharey):
     fig, axes = plt.subplots(1, len(corpora), figsize=(width, height), dpi=90, sharey=sharey, squeeze=False, layout="constrained")
     for ax, corpus in zip(axes[0], corpora):
         ax.set_title(CORPUS_NAMES.get(corpus, corpus), fontsize=10); ax.spines[["top", "right"]].set_visible(False)
     return dict(zip(corpora, axes[0]))
 
 def _legend(panels):
-    "One legend for all panels, above them."
+    "One legend for all panels, above them; a panel without anything says so."
+    for ax in panels.values():
+        if not ax.get_legend_handles_labels()[1]: ax.text(.5, .5, "nothing on record", transform=ax.transAxes, ha="center", va="center", color="#999999")
     handles = {label: h for ax in panels.values() for h, label in zip(*ax.get_legend_handles_labels())}
+    if not handles: return
     next(iter(panels.values())).figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
 
 def _name_rows(panels, names, bold):
     first = next(iter(panels.values()))
-    first.set(yticks=range(len(names)), ylim=(len(names) - .5, -.5)); first.set_yticklabels(names)
+    first.set(yticks=range(len(names)), ylim=(max(len(names), 1) - .5, -.5)); first.set_yticklabels(names)
     for label in first.get_yticklabels(): label.set_fontweight("bold" if label.get_text() == bold else "normal")
     for ax in panels.values(): ax.tick_params(axis="y", length=0); ax.grid(axis="y", color="#eeeeee"); ax.set_axisbelow(True)
 
@@ -53,9 +62,8 @@ def plot_rows(
     "Weighted F1 of every row: ours with its seeds and interval, under both protocols, beside the paper's."
     e = _experiment(experiment)
     corpora, found = corpora or e.corpora, results(e, ledger, preset)
-    shown = [n for n in names or [r.name for r in e.rows] if any((n, c) in found or c in e.row(n).paper for c in corpora)]
-    if not shown: raise DataError(f"{e.name} has nothing to draw", f"Run erc_moe_reproduce {e.name} first.")
-    panels = _panels(e, corpora, .27*len(shown) + 1.1, width, True)
+    shown = [n for n in _names(e, names) if any((n, c) in found or c in e.row(n).paper for c in corpora)]
+    panels = _panels(corpora, .27*len(shown) + 1.1, width, True)
     for corpus, ax in panels.items():
         for y, name in enumerate(shown):
             if (r := found.get((name, corpus))):
@@ -69,7 +77,7 @@ def plot_rows(
     _name_rows(panels, shown, e.reference); _legend(panels)
     return panels
 
-# %% ../../nbs/59_result_plots.ipynb #a07aed19
+# %% ../../nbs/59_result_plots.ipynb #0cfd275f
 def plot_differences(
     experiment: Experiment|str,
     ledger: Ledger|None = None,              # None: the repository's
@@ -83,9 +91,8 @@ def plot_differences(
     e = _experiment(experiment)
     corpora, reference, found = corpora or e.corpora, reference or e.reference, results(e, ledger, preset)
     run = lambda n, c: (n, c) in found and (reference, c) in found
-    shown = [n for n in names or [r.name for r in e.rows] if n != reference and any(run(n, c) for c in corpora)]
-    if not shown: raise DataError(f"{e.name} has no two rows to compare", f"Run erc_moe_reproduce {e.name} first.")
-    panels, there = _panels(e, corpora, .27*len(shown) + 1.2, width, True), e.row(reference).paper
+    shown = [n for n in _names(e, names) if n != reference and any(run(n, c) for c in corpora)]
+    panels, there = _panels(corpora, .27*len(shown) + 1.2, width, True), e.row(reference).paper
     for corpus, ax in panels.items():
         ax.axvline(0, color=OURS, lw=.8, ls=":")
         for y, name in enumerate(shown):
@@ -100,7 +107,7 @@ def plot_differences(
     _name_rows(panels, shown, ""); _legend(panels)
     return panels
 
-# %% ../../nbs/59_result_plots.ipynb #42cc157d
+# %% ../../nbs/59_result_plots.ipynb #5ec7be3e
 def plot_curve(
     experiment: Experiment|str,
     ledger: Ledger|None = None,              # None: the repository's
@@ -113,14 +120,13 @@ def plot_curve(
     "Weighted F1 over the values of a setting, ours under both protocols with the seeds' spread, and the paper's points."
     e = _experiment(experiment)
     corpora, found = corpora or e.corpora, results(e, ledger, preset)
-    if not found: raise DataError(f"{e.name} has nothing to draw", f"Run erc_moe_reproduce {e.name} first.")
-    panels = _panels(e, corpora, 2.9, width, False)
+    panels = _panels(corpora, 3.3, width, False)
     def place(row, r): return row.at if row.at is not None else r.records[0]["config"]["model"][setting] if r and setting else None
     for corpus, ax in panels.items():
         placed = sorted(((at, row, r) for row in e.rows for r in [found.get((row.name, corpus))] if (at := place(row, r)) is not None), key=lambda p: p[0])
         ours = [(x, r) for x, (_, _, r) in enumerate(placed) if r]
         paper = [(x, row.paper[corpus]) for x, (_, row, _) in enumerate(placed) if corpus in row.paper]
-        for protocol, style in (("test_selected", _SELECTED | dict(ls="--", color=OURS)), ("strict", _STRICT | dict(ls="-"))):
+        for protocol, style in (("test_selected", _SELECTED | dict(ls="--", color=OURS)), ("strict", _STRICT | dict(ls="-"))) if ours else ():
             scores = [r.score(protocol) for _, r in ours]
             mean, std = (100*np.array([s[k] or 0 for s in scores]) for k in ("mean", "std"))
             ax.plot([x for x, _ in ours], mean, **style)
