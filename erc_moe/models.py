@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'ModelEntry', 'register', 'find_model', 'parse_changes']
 
-# %% ../nbs/44_models.ipynb #aedfebaf
+# %% ../nbs/44_models.ipynb #e2477e6d
 import json
 from dataclasses import dataclass, field, fields
 
@@ -17,7 +17,7 @@ from .conversations import DataError
 from .mister_e import FeatureMixture, FeatureMixtureConfig, MisterE, MisterEConfig, Monolithic, MonolithicConfig
 from .sure import Sure, SureConfig
 
-# %% ../nbs/44_models.ipynb #63049c43
+# %% ../nbs/44_models.ipynb #552afab3
 @dataclass(frozen=True)
 class ModelEntry:
     "What the rest of the library knows about a model."
@@ -61,25 +61,25 @@ def find_model(name: str) -> ModelEntry:
     if name not in MODELS: raise DataError(f"there is no model {name!r}", f"The models are {', '.join(MODELS)}.")
     return MODELS[name]
 
-# %% ../nbs/44_models.ipynb #cbbfcca2
+# %% ../nbs/44_models.ipynb #5ba7ad67
 _cpu = {"": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
         "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32), "mosi": dict(epochs=16)}
 register(ModelEntry("mister_e", MisterE, MisterEConfig, training={
     "paper": {"meld": dict(batch_size=32)},
     "cpu": _cpu | {"mosi": dict(epochs=16, lr=5e-4)}}));
 
-# %% ../nbs/44_models.ipynb #96e2f640
+# %% ../nbs/44_models.ipynb #41196b45
 register(ModelEntry("mister_e_monolithic", Monolithic, MonolithicConfig, training=MODELS["mister_e"].training))
 register(ModelEntry("mister_e_features", FeatureMixture, FeatureMixtureConfig, training=MODELS["mister_e"].training));
 
-# %% ../nbs/44_models.ipynb #09a20350
+# %% ../nbs/44_models.ipynb #b79e4603
 register(ModelEntry("sure", Sure, SureConfig, training={
     "paper": {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
               "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=32, lr=5e-6)},
     "cpu": {"": dict(epochs=20, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.1, ema=0.98),
             "iemocap": dict(lr=2e-3), "meld": dict(batch_size=32), "emorynlp": dict(batch_size=32)}}));
 
-# %% ../nbs/44_models.ipynb #68502223
+# %% ../nbs/44_models.ipynb #e3f5dbfc
 for _name, _model, _config, _paper, _lr in (
         ("context_free", ContextFree, ContextFreeConfig, {"": dict(lr=1e-4), "meld": dict(batch_size=32)}, 2e-3),
         ("bc_lstm", BcLstm, BcLstmConfig, {"": dict(epochs=60, batch_size=32, lr=1e-4, weight_decay=1e-5)}, 4e-3),
@@ -90,7 +90,7 @@ for _name, _model, _config, _paper, _lr in (
         ("late_fusion", LateFusion, LateFusionConfig, {"meld": dict(batch_size=32)}, 4e-3)):
     register(ModelEntry(_name, _model, _config, training={"paper": _paper, "cpu": _cpu | {"": _cpu[""] | dict(lr=_lr)}}))
 
-# %% ../nbs/44_models.ipynb #392a9411
+# %% ../nbs/44_models.ipynb #aef962e6
 def parse_changes(
     settings: list[str],       # "name=value" each
     *configs,                  # dataclass instances, the first that has the field takes it
