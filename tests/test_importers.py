@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from erc_moe import cli
 from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus, load_corpus
-from erc_moe.features import LAYOUTS, FeatureStore, Layout, import_features, importers, read_pickle
+from erc_moe.features import LAYOUTS, FeatureStore, FileLayout, import_features, importers, read_pickle
 from erc_moe.features.importers import LABEL_ORDER, find_layout, match_utterances
 from erc_moe.training import Run, train
 
@@ -272,7 +272,7 @@ def test_a_layout_fits_no_other_and_one_can_be_declared(tmp_path):
     entries = entries_of(corpus := small_corpus("meld"))
     path = write(tmp_path/"f.pkl", [entries[e] for e in ("visual", "speech", "labels", "sentences")])
     with pytest.raises(DataError, match="fits no layout that is known for meld; it has 4 entries: 0 vectors of 12 .18., 1 vectors of 10"): import_features(path, corpus, tmp_path/"out")
-    imported = import_features(path, corpus, tmp_path/"out", Layout("mine", "meld", "visual speech labels sentences"))
+    imported = import_features(path, corpus, tmp_path/"out", FileLayout("mine", "meld", "visual speech labels sentences"))
     assert imported.record["same_test"] is None
     for m in ("speech", "visual"): assert_rows(imported, corpus, expected(corpus, entries, m), m)
 
@@ -306,7 +306,7 @@ def test_the_same_words_go_to_the_labelled_one_then_to_the_earlier_one():
 def test_by_place_a_wrong_order_is_found_by_its_labels(tmp_path):
     corpus = small_corpus("meld")
     entries = entries_of(corpus)
-    by_place = Layout("by place", "meld", "labels text")
+    by_place = FileLayout("by place", "meld", "labels text")
     good = import_features(write(tmp_path/"f.pkl", [entries["labels"], entries["text"]]), corpus, tmp_path/"out", by_place)
     assert_rows(good, corpus, expected(corpus, entries, "text"), "text")
     turned = entries["labels"] | {1042: entries["labels"][1042][::-1]}

@@ -1,5 +1,5 @@
 "Features: frozen text embeddings, openSMILE functionals, DenseNet faces, precomputed arrays; stored, standardised, attached to conversations."
-from .importers import LAYOUTS, ImportedFeatures, Layout, import_features
+from .importers import LAYOUTS, ImportedFeatures, FileLayout, import_features
 from .pickles import read_pickle
 from .pipeline import FeaturePipeline, cache_folder
 from .speech import OPENSMILE_SETS, OpenSmile, read_audio
