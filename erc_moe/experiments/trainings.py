@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['preset_table', 'training_cost', 'plot_trainings', 'training_summary']
 
-# %% ../../nbs/59b_trainings.ipynb #4321a5d0
+# %% ../../nbs/59b_trainings.ipynb #15ff1ce7
 import math
 from dataclasses import asdict
 
@@ -23,7 +23,7 @@ from .tables import Result, committed
 from ..models import find_model
 from ..training.loop import TrainingConfig
 
-# %% ../../nbs/59b_trainings.ipynb #70f56a7b
+# %% ../../nbs/59b_trainings.ipynb #054d04a9
 _APART = ("widths", "classes", "labels", "model")    # told otherwise, or the same for every preset
 
 def _said(value): return f"{value:g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
@@ -47,7 +47,7 @@ def preset_table(
     frame["", "meaning"] = [meaning.get(field) or "" for field in frame.index]
     return frame
 
-# %% ../../nbs/59b_trainings.ipynb #79eef089
+# %% ../../nbs/59b_trainings.ipynb #94305c16
 def training_cost(
     model: str,                        # as commands call it
     benchmark: dict,                   # as benchmarks/ saved it
@@ -67,7 +67,7 @@ def training_cost(
                                          f"hours on {benchmark['threads']} cores, a seed": f"{seconds/3600:.1f}", "seconds a step": f"{seconds/steps:.1f}", "peak memory, GB": f"{measured['peak_memory_bytes']/1e9:.1f}"}
     return pd.DataFrame(columns)
 
-# %% ../../nbs/59b_trainings.ipynb #48c47633
+# %% ../../nbs/59b_trainings.ipynb #94631cff
 def plot_trainings(
     trained: list[Result],       # a panel each
     width: float = 10,           # inches
@@ -88,7 +88,7 @@ def plot_trainings(
     fig.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8)
     return {result.corpus: ax for result, ax in zip(trained, axes[0])}
 
-# %% ../../nbs/59b_trainings.ipynb #da344d5e
+# %% ../../nbs/59b_trainings.ipynb #c8b4f59e
 def training_summary(
     trained: list[Result],    # a column each
 ) -> pd.DataFrame:
