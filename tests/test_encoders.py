@@ -153,7 +153,7 @@ def test_a_tiny_encoder_learns_a_batch_by_heart(hub):
 
 
 def test_in_bfloat16_the_transformer_is_and_the_head_is_not(hub):
-    encoder = text_encoder(hub, "llama", precision="bfloat16")
+    encoder = text_encoder(hub, "llama", dtype="bfloat16")
     kinds = {n: p.dtype for n, p in encoder.named_parameters()}
     assert {d for n, d in kinds.items() if n.startswith("base.") and "lora_" not in n} == {torch.bfloat16}
     assert {kinds[n] for n in opened(encoder)} == {torch.float32}
@@ -392,7 +392,7 @@ def test_qwen2_audio_is_asked_as_its_processor_asks(speech_hub, samples):
 
 def test_speech_in_bfloat16(speech_hub, clips):
     for name in SPEECH:
-        encoder, exact = (speech_encoder(speech_hub, name, precision=p) for p in ("bfloat16", "float32"))
+        encoder, exact = (speech_encoder(speech_hub, name, dtype=p) for p in ("bfloat16", "float32"))
         data = encoder.dataset(voices(*clips), LABELS)
         e = encoder.embed(data)
         assert np.isfinite(e).all() and np.abs(e - exact.embed(data)).max() < .25*np.abs(e).max(), name

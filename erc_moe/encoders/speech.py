@@ -6,7 +6,7 @@
 __all__ = ['EARS', 'SpeechEncoderConfig', 'SpeechData', 'clip_length', 'RealGroupNorm', 'Ear', 'WaveEar', 'WavLMEar', 'MelEar',
            'QwenAudioEar', 'SalmonnParts', 'SalmonnEar', 'EmotionSpeechEncoder']
 
-# %% ../../nbs/27b_speech_encoder.ipynb #2c7910f5
+# %% ../../nbs/27b_speech_encoder.ipynb #04e31c74
 import hashlib
 from copy import copy
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder, adapt
 from ..features.speech import RATE, SHORTEST, read_audio
 from ..features.text import Pretrained, sha256_file, token_batches
 
-# %% ../../nbs/27b_speech_encoder.ipynb #3bd75625
+# %% ../../nbs/27b_speech_encoder.ipynb #df3e82b6
 @dataclass(kw_only=True)
 class SpeechEncoderConfig(EncoderConfig):
     "What a tuned speech encoder is made of (defaults: MiSTER-E, section 4.2, and its released code)."
@@ -54,7 +54,7 @@ class SpeechEncoderConfig(EncoderConfig):
         "For a base-sized encoder (12 layers) and two cores: the upper half is tuned."
         return cls(encoder=encoder, classes=classes, **dict(adaptation="full", frozen_layers=6, whole_window=False, width=256, dropout=0.2, head_rate=10.) | changes)
 
-# %% ../../nbs/27b_speech_encoder.ipynb #8acc5027
+# %% ../../nbs/27b_speech_encoder.ipynb #9658de91
 class SpeechData(UtteranceData):
     "Utterances as waves at 16 kHz, read when their batch is made, cropped to `seconds`."
     def __init__(self,
@@ -106,7 +106,7 @@ def clip_length(
         if missing == "error": raise
         return 0
 
-# %% ../../nbs/27b_speech_encoder.ipynb #c04bb695
+# %% ../../nbs/27b_speech_encoder.ipynb #1c400fda
 class RealGroupNorm(nn.GroupNorm):
     "Group norm of one channel per group over real frames only, which makes a padded clip what it is alone."
     real: Tensor   # int64 (B,), frames of each clip; set before every pass
@@ -118,7 +118,7 @@ class RealGroupNorm(nn.GroupNorm):
         y = y*((y*y*mask).sum(-1, keepdim=True)/n + self.eps).rsqrt()
         return (y*self.weight[:, None] + self.bias[:, None]).to(x.dtype)
 
-# %% ../../nbs/27b_speech_encoder.ipynb #21d2d78d
+# %% ../../nbs/27b_speech_encoder.ipynb #a973bc6b
 class Ear:
     "What a family makes of waves, how it is run, and what of it is trained."
     targets: list[str]|str = ["q_proj", "v_proj"]   # the matrices that get LoRA; a string: a regular expression
@@ -181,7 +181,7 @@ class WavLMEar(WaveEar):
         if past: raise DataError(f"WavLM's attention does not pass through LoRA on {', '.join(sorted(past))}", f"Take targets={self.targets}.")
         return base
 
-# %% ../../nbs/27b_speech_encoder.ipynb #766ea885
+# %% ../../nbs/27b_speech_encoder.ipynb #6927eaed
 class MelEar(Ear):
     "Whisper's encoder: states of a log-mel spectrogram, 50 a second, of a window of 30 s."
     def load(self) -> nn.Module:
@@ -226,7 +226,7 @@ class QwenAudioEar(MelEar):
     def hidden(self, base: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return base(**inputs | dict(input_features=inputs["input_features"].to(base.dtype))).last_hidden_state, inputs["attention_mask"].bool()
 
-# %% ../../nbs/27b_speech_encoder.ipynb #ceddbdf9
+# %% ../../nbs/27b_speech_encoder.ipynb #a05fa654
 class SalmonnParts(Pretrained):
     "SALMONN's parts, known together by the weights of each."
     def __init__(self, name: str, parts: dict):   # "salmonn-7b" or "salmonn-13b"; `parts` as `Salmonn.from_parts` takes them
@@ -250,7 +250,7 @@ class SalmonnEar(Ear):
         c = self.config
         if c.four_bit or c.adaptation == "full": raise DataError("SALMONN is tuned with LoRA, in bfloat16 or float32", "Take adaptation=lora (or frozen) without four_bit.")
         sizes = replace(self.pretrained.sizes, rank=c.rank, alpha=c.alpha, lora_dropout=c.lora_dropout, **dict(targets=tuple(c.targets)) if c.targets else {})
-        return Salmonn.from_parts(sizes, **self.pretrained.parts, dtype=getattr(torch, c.precision))
+        return Salmonn.from_parts(sizes, **self.pretrained.parts, dtype=getattr(torch, c.dtype))
 
     def width(self, base: nn.Module) -> int: return base.llm.config.hidden_size
 
@@ -263,7 +263,7 @@ class SalmonnEar(Ear):
 
     def hidden(self, base: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]: return base(inputs["wave"], inputs["lengths"])
 
-# %% ../../nbs/27b_speech_encoder.ipynb #68864d85
+# %% ../../nbs/27b_speech_encoder.ipynb #9e591bac
 EARS = {"wav2vec2": WaveEar, "hubert": WaveEar, "wavlm": WavLMEar, "whisper": MelEar, "qwen2_audio": QwenAudioEar}   # transformers' model_type -> ear
 
 class EmotionSpeechEncoder(UtteranceEncoder):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TextEncoderConfig', 'TextData', 'load_options', 'EmotionTextEncoder']
 
-# %% ../../nbs/27a_text_encoder.ipynb #e0609867
+# %% ../../nbs/27a_text_encoder.ipynb #16c98394
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..conversations import Conversation, DataError
 from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder
 
-# %% ../../nbs/27a_text_encoder.ipynb #10822d60
+# %% ../../nbs/27a_text_encoder.ipynb #56a99c54
 @dataclass(kw_only=True)
 class TextEncoderConfig(EncoderConfig):
     "What a tuned text encoder is made of (defaults: MiSTER-E, section 4.2, and its released code)."
@@ -39,7 +39,7 @@ class TextEncoderConfig(EncoderConfig):
         "For MiniLM's kind and two cores: the transformer is tuned above its embeddings and two lowest layers."
         return cls(encoder=encoder, classes=classes, **dict(adaptation="full", frozen_layers=2, pooling="mean", width=256, dropout=0.2, head_rate=10.) | changes)
 
-# %% ../../nbs/27a_text_encoder.ipynb #1fcc61df
+# %% ../../nbs/27a_text_encoder.ipynb #8787c2c2
 class TextData(UtteranceData):
     "Utterances as tokens, cut at `max_tokens`, with the previous ones in front where `context` asks for them."
     def __init__(self,
@@ -85,12 +85,12 @@ class TextData(UtteranceData):
         if self.typed: inputs["token_type_ids"] = (own & torch.tensor([[self.starts[i] > 0] for i in index])).long()
         return {k: x.to(self.device) for k, x in inputs.items()}
 
-# %% ../../nbs/27a_text_encoder.ipynb #c8ac923b
+# %% ../../nbs/27a_text_encoder.ipynb #9f15ed60
 def load_options(
     config: EncoderConfig,
 ) -> dict:                    # for transformers' `from_pretrained`
-    "How a transformer's weights are loaded: precision, or four bits. `DataError` without bitsandbytes."
-    options = dict(dtype=getattr(torch, config.precision))
+    "How a transformer's weights are loaded: dtype, or four bits. `DataError` without bitsandbytes."
+    options = dict(dtype=getattr(torch, config.dtype))
     if config.four_bit:
         from transformers import BitsAndBytesConfig
         from transformers.utils import is_bitsandbytes_available

@@ -6,7 +6,7 @@
 __all__ = ['POOLINGS', 'ADAPTATIONS', 'ENCODERS', 'Pooling', 'EncoderConfig', 'transformer_layers', 'is_embedding', 'adapt',
            'EncoderOutput', 'UtteranceBatch', 'UtteranceEncoder', 'load_encoder', 'UtteranceData']
 
-# %% ../../nbs/27_utterance_encoder.ipynb #28376cdf
+# %% ../../nbs/27_utterance_encoder.ipynb #ff28fdec
 import json
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from ..features.store import atomic_write
 from ..features.text import Pretrained, token_batches
 from ..losses import LossParts, focal_loss
 
-# %% ../../nbs/27_utterance_encoder.ipynb #28b557aa
+# %% ../../nbs/27_utterance_encoder.ipynb #06ea7289
 POOLINGS = ("attentive", "mean", "first", "last")
 
 class Pooling(nn.Module):
@@ -56,7 +56,7 @@ class Pooling(nn.Module):
         spread = torch.einsum("bt,btd->bd", weights.to(hidden), (real - mean[:, None]).square())                 # exact where all states are alike
         return torch.cat([mean, spread.clamp_min(1e-9).sqrt()], 1)
 
-# %% ../../nbs/27_utterance_encoder.ipynb #144c8c78
+# %% ../../nbs/27_utterance_encoder.ipynb #ac823870
 ADAPTATIONS = ("lora", "full", "frozen")
 
 @dataclass(kw_only=True)
@@ -81,12 +81,12 @@ class EncoderConfig:
     reduction: str = "mean"               # or "sum", of the focal loss over a batch
     head_rate: float = 1.                 # the head's learning rate, as a factor of the transformer's
     layer_decay: float = 1.               # learning rate of a layer, as a factor of the next higher one's
-    precision: str = "float32"            # or "bfloat16": how the transformer is loaded
+    dtype: str = "float32"                # or "bfloat16": how the transformer is loaded
     four_bit: bool = False                # load the transformer in 4 bits (needs bitsandbytes and a GPU)
     recompute: bool = False               # gradient checkpointing: less memory, a third more time
 
     def __post_init__(self):
-        for name, allowed in dict(adaptation=ADAPTATIONS, pooling=POOLINGS, precision=("float32", "bfloat16"), reduction=("mean", "sum")).items():
+        for name, allowed in dict(adaptation=ADAPTATIONS, pooling=POOLINGS, dtype=("float32", "bfloat16"), reduction=("mean", "sum")).items():
             if getattr(self, name) not in allowed: raise DataError(f"{name} is {getattr(self, name)!r}", f"It can be {', '.join(allowed)}.")
         if self.labels is not None and len(self.labels) != self.classes:
             raise DataError(f"{len(self.labels)} labels for {self.classes} classes", "Name every class once.")
@@ -129,7 +129,7 @@ def adapt(
         if config.frozen_layers: transformer_layers(base)[1][:config.frozen_layers].requires_grad_(False)
     return base
 
-# %% ../../nbs/27_utterance_encoder.ipynb #15e09669
+# %% ../../nbs/27_utterance_encoder.ipynb #717b6008
 @dataclass
 class EncoderOutput:
     "What an utterance encoder says of a batch."
@@ -232,7 +232,7 @@ class UtteranceEncoder(nn.Module):
 
 def load_encoder(
     folder: Path|str,       # what `UtteranceEncoder.save_pretrained` wrote
-    **changes,              # fields of the configuration that do not change the numbers: where the transformer lies, its precision
+    **changes,              # fields of the configuration that do not change the numbers: where the transformer lies, its dtype
 ) -> UtteranceEncoder:      # in evaluation mode
     "A tuned encoder. `DataError` where a file is missing or damaged, and where the transformer is not the one it was tuned on."
     folder = Path(folder)
@@ -251,7 +251,7 @@ def load_encoder(
         for n, p in trained.items(): p.copy_(state[n])
     return encoder.eval()
 
-# %% ../../nbs/27_utterance_encoder.ipynb #bb4de1c1
+# %% ../../nbs/27_utterance_encoder.ipynb #60d8aa3f
 class UtteranceData:
     "The utterances of conversations, one after the other, and batches of them."
     def __init__(self,
