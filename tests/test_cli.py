@@ -18,7 +18,7 @@ import torch
 from erc_moe import cli
 from erc_moe.training import Run
 
-COMMANDS = {c: c for c in ("train", "tune", "embed", "evaluate", "predict", "report", "extract", "download")} | {"import": "import_file"}
+COMMANDS = {c: c for c in ("train", "tune", "embed", "evaluate", "predict", "report", "extract", "download", "reproduce")} | {"import": "import_file"}
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,19 @@ def test_a_word_more_leaves_the_code_hash_and_an_operator_less_does_not(tmp_path
     monkeypatch.undo(); module.code_modules.cache_clear(); module.code_hash.cache_clear()
 
 
+def test_the_command_prints_what_is_on_record(capsys):
+    from erc_moe import cli
+    records = str(ROOT/"results"/"reproduce")
+    for name, word in (("list", "mister_e/table2"), ("claims", "modularity"), ("numbers", "needs weights or data not at hand")):
+        assert cli.reproduce([name, "--results", records, "--show"]) == 0 and word in capsys.readouterr().out
+    assert cli.reproduce(["mister_e/section4.5", "--results", records, "--show"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("iemocap", "meld", "monolithic", "strict", "test-selected", "67.8"))
+    assert cli.reproduce(["choices/features", "--results", records, "--show"]) == 0
+    assert "validation" in (out := capsys.readouterr().out) and "paper" not in out
+    assert cli.reproduce(["table2"]) == 1 and "There are all" in capsys.readouterr().err
+
+
 def test_wrong_names_are_refused_with_the_right_ones():
     with pytest.raises(DataError, match="mister_e/table2"): find_experiments("table2")
     with pytest.raises(DataError, match="no model"): train_cell(Cell("nobody", "sample", {"text": "minilm"}), device="cpu")
