@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -128,6 +128,7 @@ def test_a_clip_cut_anywhere_is_refused_by_name(tmp_path_factory, how, share):
 @needs_av
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["a.mp4", "a.mkv", "a.avi"]), st.floats(0, 0.99), st.binary(min_size=20, max_size=400))
+@example("a.mkv", 0.24609375, b"\x01\x01\x01\x01\x01\x01\x80" + bytes(13))                     # a title that is not UTF-8
 def test_noise_in_a_clip_ends_in_frames_or_in_its_name(tmp_path_factory, name, share, noise):
     path = write_clip(tmp_path_factory.mktemp("clips")/name, [grey(i) for i in range(30)], *FORMATS[name])
     data = bytearray(path.read_bytes())

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['BASELINES']
 
-# %% ../../nbs/57_declared.ipynb #cecf3e65
+# %% ../../nbs/57_declared.ipynb #4e8d306d
 from .declare import Experiment, Row, declare
 
-# %% ../../nbs/57_declared.ipynb #955e2b44
+# %% ../../nbs/57_declared.ipynb #d7d0759b
 BASELINES = (Row("context-free", "context_free"), Row("bc-LSTM", "bc_lstm"), Row("DialogueRNN-style", "dialogue_rnn"), Row("SDT-style", "sdt"), Row("late fusion", "late_fusion"))
 
 def _cited(**rows): return tuple(Row(name.replace("_", "-"), None, paper=numbers) for name, numbers in rows.items())
 
 _ms = lambda iemocap=None, meld=None, mosi=None: {c: v for c, v in dict(iemocap=iemocap, meld=meld, mosi=mosi).items() if v is not None}
 
-# %% ../../nbs/57_declared.ipynb #4066c38f
+# %% ../../nbs/57_declared.ipynb #2202743f
 declare(Experiment("mister_e/table2", "MiSTER-E beside other systems", "MiSTER-E, Table 2", ("iemocap", "meld", "mosi"), seeds=5, reference="MiSTER-E", rows=(
     *_cited(SMIN=_ms(70.5, 63.7, 79.7), MultiEmo=_ms(66.9, 65.3, 83.7), HCAM=_ms(70.5, 65.8, 85.8), **{"DF_ERC": _ms(69.5, 64.5)}, DER_GCN=_ms(64.7, 62.6), ELR_GNN=_ms(64.4, 63.2),
             TelME=_ms(69.3, 67.2), CFN_ESA=_ms(68.7, 67.2), MMGAT_EMO=_ms(65.5, 66.1, 84.3)),
@@ -57,7 +57,7 @@ declare(Experiment("mister_e/figure8b", "Is the contrastive term worth having?",
     Row("lambda 0", changes=dict(contrastive_weight=0.0), at=0, paper=_ms(70.2, 68.2)), Row("lambda 0.1, the preset", at=.1),
     Row("lambda 1", changes=dict(contrastive_weight=1.0), at=1, paper=_ms(meld=69.5)), Row("lambda 2", changes=dict(contrastive_weight=2.0), at=2, paper=_ms(iemocap=70.9)))))
 
-# %% ../../nbs/57_declared.ipynb #ef780915
+# %% ../../nbs/57_declared.ipynb #0a00c529
 declare(Experiment("sure/table2", "SURE beside other systems", "SURE, Table 2", ("iemocap", "meld"), seeds=5, reference="SURE, text + audio", rows=(
     *_cited(MMGCN=_ms(66.26, 58.31), MM_DFN=_ms(68.18, 59.46), Joyful=_ms(71.03, 61.77), MMPCGN=_ms(68.0, 59.3), MERC_GCN=_ms(68.98, 62.54), DialogueTRM=_ms(69.7, 63.5), DF_ERC=_ms(71.75, 67.03), SDT=_ms(74.08, 66.6),
             MM_NodeFormer=_ms(74.2, 66.09)),
@@ -74,7 +74,7 @@ declare(Experiment("sure/table3", "What are SURE's parts and modalities worth?",
     Row("visual", "sure", "sure", ("visual",), paper=_ms(39.5, 31.34)), Row("text + visual", "sure", "sure", ("text", "visual"), paper=_ms(68.89, 66.15)),
     Row("visual + audio", "sure", "sure", ("speech", "visual"), paper=_ms(61.35, 40.54)))))
 
-# %% ../../nbs/57_declared.ipynb #b77f274d
+# %% ../../nbs/57_declared.ipynb #018cf00a
 declare(Experiment("choices/features", "Which features of stage 1?", "our own", ("iemocap", "meld"), rows=tuple(
     Row(f"{name}, {features}", model, features) for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure")) for features in ("frozen", "tuned", "crossfit"))))
 declare(Experiment("choices/learning_rate", "Which learning rate for each baseline?", "our own", ("iemocap",), seeds=1, rows=tuple(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGES', 'CONFIG', 'evenly', 'read_frames', 'DenseLayer', 'DenseNet', 'densenet_of', 'DenseNetEncoder']
 
-# %% ../../nbs/14_visual_features.ipynb #52b11ecf
+# %% ../../nbs/14_visual_features.ipynb #2e0c7a12
 import hashlib
 import json
 import re
@@ -28,7 +28,7 @@ from ..conversations import DataError
 from .store import Extractor
 from .text import sha256_file
 
-# %% ../../nbs/14_visual_features.ipynb #06061051
+# %% ../../nbs/14_visual_features.ipynb #8de878e9
 def evenly(
     n: int,          # how many there are
     frames: int,     # how many are wanted, at least 1
@@ -36,7 +36,7 @@ def evenly(
     "The middles of `frames` equal parts of 0 .. n-1."
     return list(range(n)) if n <= frames else [(2*k + 1)*n // (2*frames) for k in range(frames)]
 
-# %% ../../nbs/14_visual_features.ipynb #dc28788a
+# %% ../../nbs/14_visual_features.ipynb #7e64fe63
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}   # what a folder of crops may hold
 
 def read_frames(
@@ -81,14 +81,14 @@ def _video_frames(path, frames):
         n = _count_frames(av, path)
         if n == 0: raise _Unusable("its video file holds no frame")
         wanted = set(evenly(n, frames))
-        with av.open(str(path)) as clip:
+        with av.open(str(path), metadata_errors="replace") as clip:
             clip.streams.video[0].thread_type = "AUTO"
             picked = (f for i, f in enumerate(clip.decode(video=0)) if i in wanted)
             return [np.ascontiguousarray(np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90)) for f in picked]
     except av.FFmpegError as e: raise _Unusable(f"its video file cannot be read: {_reason(e)}") from e
 
 def _count_frames(av, path):
-    with av.open(str(path)) as clip:
+    with av.open(str(path), metadata_errors="replace") as clip:
         if not clip.streams.video: raise _Unusable("its video file holds no picture" + (", only sound" if clip.streams.audio else ""))
         stream, packets, count, end = clip.streams.video[0], 0, 0, 0.0
         stream.thread_type = "AUTO"
@@ -99,7 +99,7 @@ def _count_frames(av, path):
         if packets < stream.frames or end < promised - 0.2: raise _Unusable("its video file is cut short")
         return count
 
-# %% ../../nbs/14_visual_features.ipynb #74a9e9c0
+# %% ../../nbs/14_visual_features.ipynb #2c8c4efe
 class DenseLayer(nn.Module):
     "H of equation (2) in its bottleneck form: from all maps so far to `growth` more."
     def __init__(self,
@@ -148,7 +148,7 @@ class DenseNet(nn.Module):
         "The vector that a classifier would be given: last norm, ReLU, mean over positions."
         return self.features(x).relu().mean((2, 3))
 
-# %% ../../nbs/14_visual_features.ipynb #ffe56a3d
+# %% ../../nbs/14_visual_features.ipynb #e13eb873
 def densenet_of(
     weights: dict[str, Tensor],   # as torchvision or timm publish them
 ) -> DenseNet:
@@ -164,7 +164,7 @@ def densenet_of(
                         "Give a DenseNet-BC, with its parameters named features.denseblock1.denselayer1.conv1.weight and so on.") from e
     return model.eval()
 
-# %% ../../nbs/14_visual_features.ipynb #803b2ec9
+# %% ../../nbs/14_visual_features.ipynb #75ce3a26
 CONFIG = '{"pretrained_cfg": {"input_size": [3, 224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic"}}'
 
 class DenseNetEncoder:
