@@ -35,6 +35,17 @@ def opened(encoder):
     return {n for n, p in encoder.named_parameters() if p.requires_grad}
 
 
+def moved_by_two_steps(encoder, data):
+    "The parameters that two steps of training change."
+    before = {n: p.detach().clone() for n, p in encoder.named_parameters()}
+    optimizer = torch.optim.SGD([dict(params=g["params"]) for g in encoder.train().parameter_groups()], lr=.3)
+    for _ in range(2):
+        batch = data.batch(data.learnable)
+        encoder.loss(encoder(batch), batch).total.backward()
+        optimizer.step(), optimizer.zero_grad()
+    return {n for n, p in encoder.named_parameters() if not torch.equal(p, before[n])}
+
+
 # Text
 
 SIZE = dict(vocab_size=320, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, initializer_range=.3)
@@ -76,13 +87,8 @@ TEXTS = ["We won!", "No idea what you are talking about.", "", "Oh.", "日本語
 @pytest.mark.parametrize("way", WAYS)
 def test_text_only_what_is_opened_moves_and_what_is_saved_is_enough(hub, tmp_path, name, way):
     encoder = text_encoder(hub, name, **WAYS[way])
-    data, before = encoder.dataset([talk(TEXTS)], LABELS), {n: p.detach().clone() for n, p in encoder.named_parameters()}
-    optimizer = torch.optim.SGD([dict(params=g["params"]) for g in encoder.train().parameter_groups()], lr=.3)
-    for _ in range(2):
-        batch = data.batch(data.learnable)
-        encoder.loss(encoder(batch), batch).total.backward()
-        optimizer.step(), optimizer.zero_grad()
-    moved = {n for n, p in encoder.named_parameters() if not torch.equal(p, before[n])}
+    data = encoder.dataset([talk(TEXTS)], LABELS)
+    moved = moved_by_two_steps(encoder, data)
     assert moved <= opened(encoder) and {n for n in moved if n.startswith("embed_layer") or n.startswith("classify")}
     assert any("lora_B" in n for n in moved) == (way == "lora")
     assert {n for n in moved if n.startswith("base.") and "lora_" not in n} == {n for n in moved if n.startswith("base.")} - {n for n in moved if "lora_" in n}
@@ -276,13 +282,8 @@ def test_speech_embedding_is_the_same_in_any_company(speech_hub, clips, name, ch
 @pytest.mark.parametrize("way", ["lora", "full", "frozen"])
 def test_speech_only_what_is_opened_moves_and_what_is_saved_is_enough(speech_hub, clips, tmp_path, name, way):
     encoder = speech_encoder(speech_hub, name, adaptation=way)
-    data, before = encoder.dataset(voices(*clips), LABELS), {n: p.detach().clone() for n, p in encoder.named_parameters()}
-    optimizer = torch.optim.SGD([dict(params=g["params"]) for g in encoder.train().parameter_groups()], lr=.3)
-    for _ in range(2):
-        batch = data.batch(data.learnable)
-        encoder.loss(encoder(batch), batch).total.backward()
-        optimizer.step(), optimizer.zero_grad()
-    moved = {n for n, p in encoder.named_parameters() if not torch.equal(p, before[n])}
+    data = encoder.dataset(voices(*clips), LABELS)
+    moved = moved_by_two_steps(encoder, data)
     assert moved <= opened(encoder) and any(n.startswith("embed_layer") for n in moved)
     assert not any("feature_extractor" in n or "embed_positions" in n for n in moved)
     assert {n for n in opened(encoder) if "lora_B" in n} == {n for n in moved if "lora_B" in n}        # no LoRA that nothing passes through
