@@ -75,7 +75,13 @@ declare(Experiment("sure/table3", "What are SURE's parts and modalities worth?",
     Row("visual + audio", "sure", "sure", ("speech", "visual"), paper=_ms(61.35, 40.54)))))
 
 # %% ../../nbs/57_declared.ipynb #018cf00a
+declare(Experiment("sure/table3_frozen", "And on frozen features?", "SURE, Table 3", ("iemocap", "meld"), reference="SURE, text + audio", rows=tuple(
+    Row(name, "sure", "frozen", changes=changes) for name, changes in
+    (("SURE, text + audio", {}), ("w/o MoE", dict(moe=False)), ("w/o reasoning", dict(reasoning=False)), ("w/o uncertainty", dict(routing="learned"))))))
+
+# %% ../../nbs/57_declared.ipynb #f2ce4669
 declare(Experiment("choices/features", "Which features of stage 1?", "our own", ("iemocap", "meld"), rows=tuple(
-    Row(f"{name}, {features}", model, features) for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure")) for features in ("frozen", "tuned", "crossfit"))))
+    Row(f"{name}, {features}", model, features, detail=model == "mister_e")
+    for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure")) for features in ("frozen", "tuned", "crossfit"))))
 declare(Experiment("choices/learning_rate", "Which learning rate for each baseline?", "our own", ("iemocap",), seeds=1, rows=tuple(
     Row(f"{row.name}, {lr:g}", row.model, "frozen", changes=dict(lr=lr)) for row in BASELINES for lr in (5e-4, 1e-3, 2e-3, 4e-3))))
