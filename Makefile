@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test results tuned reproduce notebooks bench wheel clean
+.PHONY: help setup demo test baselines tuned reproduce notebooks bench wheel clean
 
 help:            ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -25,27 +25,7 @@ test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
 
-TRAIN = $(BIN)/erc_moe_train --preset cpu --seeds 3 --protocol strict --model
-SURE_ROWS = frozen no-moe no-reasoning learned-router text speech
-define sure_rows    # SURE and its ablations on corpus $(1) with the speech source $(2), and how far each differs from the whole
-	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --out runs/sure-$(1)-frozen
-	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --set moe=false --out runs/sure-$(1)-no-moe
-	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --set reasoning=false --out runs/sure-$(1)-no-reasoning
-	$(TRAIN) sure --corpus $(1) --text minilm --speech $(2) --set routing=learned --out runs/sure-$(1)-learned-router
-	$(TRAIN) sure --corpus $(1) --text minilm --out runs/sure-$(1)-text
-	$(TRAIN) sure --corpus $(1) --speech $(2) --out runs/sure-$(1)-speech
-	for row in $(SURE_ROWS); do cp runs/sure-$(1)-$$row/summary.json results/sure-$(1)-$$row.json; done
-	$(BIN)/python tools/differences.py $(SURE_ROWS:%=runs/sure-$(1)-%) runs/mister_e-$(1)-frozen
-endef
-
-results: setup   ## train on the real corpora (ERC_MOE_DATA names their folder) and renew results/
-	$(TRAIN) mister_e --corpus iemocap --text minilm --speech gemaps47+prosody8 --out runs/mister_e-iemocap-frozen
-	$(TRAIN) mister_e --corpus meld --text minilm --speech prosody8 --out runs/mister_e-meld-frozen
-	$(TRAIN) mister_e --corpus mosi --text minilm --speech audio73 --out runs/mister_e-mosi-frozen
-	$(TRAIN) mister_e --corpus emorynlp --text minilm --out runs/mister_e-emorynlp-frozen
-	for run in runs/mister_e-*-frozen; do cp $$run/summary.json results/$$(basename $$run).json; done
-	$(call sure_rows,iemocap,gemaps47+prosody8)
-	$(call sure_rows,meld,prosody8)
+baselines: setup ## what single utterances tell without any context; renews results/baselines-*.json (ERC_MOE_DATA names the corpora's folder)
 	$(BIN)/python tools/baselines.py sample --speech egemaps
 	$(BIN)/python tools/baselines.py iemocap --speech gemaps47+prosody8
 	$(BIN)/python tools/baselines.py meld --speech prosody8
@@ -53,20 +33,18 @@ results: setup   ## train on the real corpora (ERC_MOE_DATA names their folder) 
 	$(BIN)/python tools/baselines.py emorynlp
 
 TUNE = $(BIN)/erc_moe_tune --encoder minilm --preset cpu --protocol strict
-define tuned_rows    # MiniLM tuned on corpus $(1) with the options $(3), and both models on its embeddings with $(4) beside them and the speech source $(2)
-	$(TUNE) --corpus $(1) --seeds 3 $(3) --out runs/$(1)-minilm
-	$(TUNE) --corpus $(1) --seeds 1 --folds 4 $(3) --out runs/$(1)-minilm-crossfit
+define tuned_stores    # MiniLM tuned on corpus $(1) with the options $(2): its embeddings, and how well they tell emotions apart
+	$(TUNE) --corpus $(1) --seeds 3 $(2) --out runs/$(1)-minilm
+	$(TUNE) --corpus $(1) --seeds 1 --folds 4 $(2) --out runs/$(1)-minilm-crossfit
 	$(BIN)/erc_moe_embed runs/$(1)-minilm --corpus $(1) --out features/$(1)-tuned
 	$(BIN)/erc_moe_embed runs/$(1)-minilm-crossfit --corpus $(1) --out features/$(1)-crossfit
-	for f in tuned crossfit; do for m in mister_e sure; do $(TRAIN) $$m --corpus $(1) --text features/$(1)-$$f$(4) --speech $(2) --out runs/$$m-$(1)-$$f \
-	  && cp runs/$$m-$(1)-$$f/summary.json results/$$m-$(1)-$$f.json || exit 1; done; done
 	cp runs/$(1)-minilm/summary.json results/text-$(1)-tuned.json
 	$(BIN)/python tools/separability.py $(1) frozen=minilm tuned=features/$(1)-tuned cross-fitted=features/$(1)-crossfit
 endef
 
-tuned: setup     ## stage 1 on the real corpora: tune, embed, train on the embeddings (an hour and a half), and renew results/
-	$(call tuned_rows,meld,prosody8,,)
-	$(call tuned_rows,iemocap,gemaps47+prosody8,--set lr=3e-4,+minilm)
+tuned: setup     ## stage 1: MiniLM tuned on MELD and IEMOCAP, its embeddings written to features/ (an hour); renews results/text-*.json
+	$(call tuned_stores,meld,)
+	$(call tuned_stores,iemocap,--set lr=3e-4)
 
 reproduce: setup ## every table and figure of both papers, from ERC_MOE_DATA and what `make tuned` left (hours); what is on record is not repeated
 	$(BIN)/erc_moe_reproduce all

@@ -234,11 +234,16 @@ def reproduce(args):
     import pandas as pd
     from erc_moe import experiments
     from erc_moe.experiments import claims, tables
-    ledger = experiments.Ledger(args.results)
+    ledger = experiments.Ledger(args.results, args.features)
     show = lambda frame: print(frame.to_string(index=not isinstance(frame.index, pd.RangeIndex)))
     if args.name == "list":
-        return show(pd.DataFrame([{"experiment": e.name, "asks": e.title, "corpora": ", ".join(e.corpora), "trainings": len(e.cells(args.preset)),
-                                   "on record": sum(ledger.find(c, r.detail) is not None for c, r in e.cells(args.preset, stores=args.features))} for e in experiments.EXPERIMENTS.values()]))
+        def line(e):
+            cells = e.cells(args.preset, stores=ledger.stores)
+            open_ = [c for c, row in cells if not ledger.find(c, row.detail)]
+            wanting = sum(bool(experiments.lacking(c)) for c in open_)
+            return {"experiment": e.name, "asks": e.title, "corpora": ", ".join(e.corpora), "trainings": len(cells), "on record": len(cells) - len(open_),
+                    "to train": len(open_) - wanting, "features not at hand": wanting}
+        return show(pd.DataFrame(map(line, experiments.EXPERIMENTS.values())))
     if args.name == "claims": return [show(f) for f in (tables.check(claims.CLAIMS, ledger, args.preset), claims.check_gate(ledger, args.preset))] and None
     if args.name == "numbers": return show(pd.concat([tables.statuses(e, ledger, args.preset) for e in experiments.EXPERIMENTS.values()], ignore_index=True))
     chosen = experiments.find_experiments(args.name)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
 from erc_moe.evaluation import accuracy
-from erc_moe.experiments import EXPERIMENTS, Cell, Experiment, Ledger, Row, find_experiments, reproduce
+from erc_moe.experiments import EXPERIMENTS, FEATURES, Cell, Experiment, Ledger, Row, find_experiments, reproduce
 from erc_moe.experiments.claims import CLAIMS
 from erc_moe.experiments.ledger import as_characters, code_hash, from_characters
 from erc_moe.experiments.run import is_current, train_cell
@@ -136,6 +136,17 @@ def test_what_is_not_at_hand_is_told_and_left_out(tmp_path):
     far = Experiment("example/far", "", "", ("meld",), (Row("far", features="llama+salmonn"),))
     reproduce([far], results=tmp_path, stores=tmp_path, tell=said.append)
     assert any("meld-llama" in line and "Llama-3.1-8B" in line for line in said) and not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_row_is_looked_for_with_the_stores_it_was_trained_on(ledger, tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURES, "tuned", {"sample": {"text": "{stores}/sample-tuned"}})
+    tuned = Experiment("example/tuned", "", "", ("sample",), (Row("tuned", features="tuned", paper=dict(sample=50.0)),))
+    record = ledger.find(TABLE.cells()[0][0])
+    mine, others = Ledger(tmp_path, tmp_path/"mine"), Ledger(tmp_path, tmp_path/"others")
+    mine.set_truth(load_corpus("sample"))
+    mine.add(record | dict(cell=asdict(tuned.rows[0].cell("sample", stores=mine.stores))))
+    assert table(tuned, mine)["sample", "strict"]["tuned"] and statuses(tuned, mine)["ours, strict"][0]
+    assert not results(tuned, others) and statuses(tuned, others).status[0] == "needs weights or data not at hand"
 
 
 @pytest.mark.parametrize("classes", [[], [0], [-1, 0, 9, 10, 35], list(range(-1, 36))])

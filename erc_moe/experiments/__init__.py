@@ -1,7 +1,7 @@
 "Every table and figure of both papers, declared, run, and compared."
 from . import papers
-from .declare import EXPERIMENTS, FEATURES, Cell, Experiment, Row, declare, find_experiments
+from .declare import EXPERIMENTS, FEATURES, Cell, Experiment, Row, declare, find_experiments, lacking
 from .ledger import Ledger
 from .run import reproduce
 
-__all__ = ["EXPERIMENTS", "FEATURES", "Cell", "Experiment", "Row", "declare", "find_experiments", "Ledger", "reproduce"]
+__all__ = ["EXPERIMENTS", "FEATURES", "Cell", "Experiment", "Row", "declare", "find_experiments", "lacking", "Ledger", "reproduce"]

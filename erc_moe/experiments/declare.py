@@ -73,7 +73,7 @@ class Row:
         if self.model is None or not sources or set(self.modalities) - sources.keys(): return None
         return Cell(self.model, corpus, sources, self.changes, preset, seed)
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Experiment:
     "A table or figure of a paper."
     name: str                       # "mister_e/table2"
@@ -89,6 +89,8 @@ class Experiment:
         names = [r.name for r in self.rows]
         if len({*names}) < len(names): raise DataError(f"{self.name} has two rows of one name", "Name every row once.")
         if self.reference and self.reference not in names: raise DataError(f"{self.name} has no row {self.reference!r}", f"It has {', '.join(names)}.")
+
+    def __repr__(self): return f"{self.name}: {self.title} {len(self.rows)} rows on {', '.join(self.corpora)}, {self.seeds} seed{'s'*(self.seeds > 1)}"
 
     def row(self, name: str) -> Row:
         return next(r for r in self.rows if r.name == name)

@@ -84,8 +84,9 @@ class Ledger:
     "The trainings that are on record in a folder."
     def __init__(self,
         folder: str|Path = "results/reproduce",
+        stores: str|Path = "features",    # folder with the feature stores whose trainings are looked for
     ):
-        self.folder, self._lines = Path(folder), {}
+        self.folder, self.stores, self._lines = Path(folder), str(stores), {}
 
     def path(self, cell: Cell) -> Path:
         return self.folder/cell.preset/f"{cell.model}-{cell.corpus}.jsonl"

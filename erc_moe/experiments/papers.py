@@ -26,7 +26,7 @@ declare(Experiment("mister_e/table3", "Is it the features or the model?", "MiSTE
     Row("MiSTER-E, LLaMA + SALMONN", features="llama+salmonn", paper=_ms(70.9, 69.5)),
     Row("MiSTER-E, RoBERTa + wav2vec", features="roberta+wav2vec", paper=_ms(71.1, 68.4)),
     Row("MiSTER-E, RoBERTa + openSMILE", features="roberta+opensmile", paper=_ms(69.5, 66.4)),
-    *(Row(f"{name}, {words}", model, features) for words, features in (("frozen MiniLM", "frozen"), ("tuned MiniLM", "stage1"))
+    *(Row(f"{name}, {words}", model, features, detail=model == "mister_e") for words, features in (("frozen MiniLM", "frozen"), ("tuned MiniLM", "stage1"))
       for name, model in (("context-free", "context_free"), ("SDT-style", "sdt"), ("MiSTER-E", "mister_e"))),
     Row("MiSTER-E, frozen MiniLM, prosody8", features="prosody"), Row("MiSTER-E, frozen MiniLM, gemaps47", features="gemaps"))))
 
@@ -75,7 +75,7 @@ declare(Experiment("sure/table3", "What are SURE's parts and modalities worth?",
     Row("visual + audio", "sure", "sure", ("speech", "visual"), paper=_ms(61.35, 40.54)))))
 
 # %% ../../nbs/57_declared.ipynb #018cf00a
-declare(Experiment("sure/table3_frozen", "And on frozen features?", "SURE, Table 3", ("iemocap", "meld"), reference="SURE, text + audio", rows=tuple(
+declare(Experiment("sure/table3_frozen", "What are SURE's parts worth on frozen features?", "SURE, Table 3", ("iemocap", "meld"), reference="SURE, text + audio", rows=tuple(
     Row(name, "sure", "frozen", changes=changes) for name, changes in
     (("SURE, text + audio", {}), ("w/o MoE", dict(moe=False)), ("w/o reasoning", dict(reasoning=False)), ("w/o uncertainty", dict(routing="learned"))))))
 

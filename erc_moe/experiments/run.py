@@ -144,9 +144,9 @@ def reproduce(
     tell=print,                           # a function of one line
 ) -> Ledger:
     "Train every cell that is not on record as it would be made today; a cell whose features are not at hand is told, and left out."
-    ledger, data, cache = Ledger(results), data and str(data), cache and str(cache)
+    ledger, data, cache = Ledger(results, stores), data and str(data), cache and str(cache)
     wanted: dict[Cell, bool] = {}
-    for cell, row in (x for e in experiments for x in e.cells(preset, seeds, str(stores))): wanted[cell] = wanted.get(cell, False) or row.detail
+    for cell, row in (x for e in experiments for x in e.cells(preset, seeds, ledger.stores)): wanted[cell] = wanted.get(cell, False) or row.detail
     missing = {store: by for cell in wanted for store, by in lacking(cell).items()}
     for store, by in missing.items(): tell(f"left out, for want of {store} ({by}): {sum(store in lacking(c) for c in wanted)} trainings")
     todo = []

@@ -55,14 +55,13 @@ def results(
     experiment: Experiment|str,
     ledger: Ledger|None = None,     # None: the repository's
     preset: str = "cpu",
-    stores: str = "features",
 ) -> dict[tuple[str, str], Result]:    # (row, corpus), of those that have a record
     "What is on record for an experiment."
     e = find_experiments(experiment)[0] if isinstance(experiment, str) else experiment
     ledger, found = ledger or committed(), {}
     for row in e.rows:
         for corpus in e.corpora:
-            cells = [row.cell(corpus, preset, seed, stores) for seed in range(100)]
+            cells = [row.cell(corpus, preset, seed, ledger.stores) for seed in range(100)]
             records = [r for c in cells if c and (r := ledger.find(c, row.detail))]
             if records: found[row.name, corpus] = Result(row, corpus, ledger, records)
     return found
@@ -172,13 +171,14 @@ def statuses(
 ) -> pd.DataFrame:       # a line per row and corpus that the paper has a number for
     "What became of every number of a table."
     e = find_experiments(experiment)[0] if isinstance(experiment, str) else experiment
+    ledger = ledger or committed()
     found, lines = results(e, ledger, preset), []
     for row in e.rows:
         for corpus in (c for c in e.corpora if c in row.paper):
             r, reference, paper = found.get((row.name, corpus)), found.get((e.reference, corpus)), row.paper[corpus]
             score, command = r and r.score(), f"erc_moe_reproduce {e.name}"
             if r is None:
-                cell = row.cell(corpus, preset)
+                cell = row.cell(corpus, preset, stores=ledger.stores)
                 status, command = "needs weights or data not at hand", "; ".join({*lacking(cell).values()}) + f"; {command}" if cell else "cited by the paper"
             elif abs(100*score["mean"] - paper) <= 100*(score["std"] or 0): status = "reproduced within one standard deviation"
             elif (there := e.row(e.reference).paper.get(corpus) if e.reference else None) and row.name != e.reference and reference \
