@@ -64,6 +64,10 @@ def _seeds(text):
         return list(range(seeds[0]))
     return seeds
 
+def _positive(text):
+    if not text.isdecimal() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a number of one or more")
+    return int(text)
+
 PROTOCOL = ("--protocol", dict(choices=["strict", "paper"], default="strict", help="Which epoch counts: strict takes the best on validation and scores test once; paper takes the best on test, as much released code does, and is labelled test-selected (default: strict)."))
 SEEDS = ("--seeds", dict(type=_seeds, default=[0, 1, 2], metavar="N", help="How many seeds (3 means 0, 1, 2), or a list with commas (0,2 or 7, for the seed 7 alone; default: 3)."))
 OUT = ("--out", dict(required=True, metavar="RUN", help="The run's folder. Seeds that are finished there are not trained again."))
@@ -221,35 +225,47 @@ def download(args):
 
 # %% ../nbs/53_commands.ipynb #328e70c9
 @_command("erc_moe_reproduce", "Fill a table or figure of the papers: train whatever of it is not on record as it would be made today, several trainings at a time and each under both protocols, and print it. "
-          "Stopped anywhere, the same command carries on; what is finished is instant. Rows whose features are not at hand are named with the command that makes them.",
+          "Stopped anywhere, the same command carries on; what is finished is instant. Rows whose features or corpus are not at hand are named, the first with the command that makes them.",
           "erc_moe_reproduce mister_e/table2 --preset cpu --data corpora",
           ("name", dict(metavar="NAME", help="An experiment (mister_e/table2), a paper (mister_e, sure), all, or one of three words: list shows the experiments, claims checks every claim of the papers, numbers shows what became of every number of their tables.")), DATA,
           ("--preset", dict(default="cpu", choices=["cpu", "paper"], help="The models' size and training: cpu for two cores, paper for a GPU (default: cpu).")),
           ("--features", dict(default="features", metavar="DIR", help="The folder of the feature stores that tuned rows read; make tuned fills it (default: features).")),
           ("--results", dict(default="results/reproduce", metavar="DIR", help="Where the records lie, a JSON line per training (default: results/reproduce).")),
-          ("--seeds", dict(type=int, metavar="N", help="How many seeds per row (default: as declared, five for the main tables, three elsewhere).")),
-          ("--workers", dict(type=int, metavar="N", help="Trainings at a time (default: one per core, or one on a GPU).")),
+          ("--seeds", dict(type=_positive, metavar="N", help="How many seeds per row to train (default: as declared, five for the main tables, three elsewhere).")),
+          ("--workers", dict(type=_positive, metavar="N", help="Trainings at a time (default: one per core, or one on a GPU).")),
           ("--show", dict(action="store_true", help="Train nothing: print what is on record. Needs no data.")), DEVICE)
 def reproduce(args):
     import pandas as pd
     from erc_moe import experiments
     from erc_moe.experiments import claims, tables
-    ledger = experiments.Ledger(args.results, args.features)
+    ledger = experiments.Ledger(args.results)
     show = lambda frame: print(frame.to_string(index=not isinstance(frame.index, pd.RangeIndex)))
     if args.name == "list":
         def line(e):
-            cells = e.cells(args.preset, stores=ledger.stores)
+            cells = e.cells(args.preset, args.seeds)
             open_ = [c for c, row in cells if not ledger.find(c, row.detail)]
-            wanting = sum(bool(experiments.lacking(c)) for c in open_)
+            wanting = sum(bool(experiments.lacking(c, args.features)) for c in open_)
             return {"experiment": e.name, "asks": e.title, "corpora": ", ".join(e.corpora), "trainings": len(cells), "on record": len(cells) - len(open_),
                     "to train": len(open_) - wanting, "features not at hand": wanting}
         return show(pd.DataFrame(map(line, experiments.EXPERIMENTS.values())))
-    if args.name == "claims": return [show(f) for f in (tables.check(claims.CLAIMS, ledger, args.preset), claims.check_gate(ledger, args.preset))] and None
-    if args.name == "numbers": return show(pd.concat([tables.statuses(e, ledger, args.preset) for e in experiments.EXPERIMENTS.values()], ignore_index=True))
-    chosen = experiments.find_experiments(args.name)
-    if not args.show: ledger = experiments.reproduce(chosen, args.preset, args.data, args.features, args.results, args.seeds, args.workers, device=args.device)
-    for e in chosen:
+    reading = args.show or args.name in ("claims", "numbers")
+    chosen = experiments.EXPERIMENTS.values() if args.name in ("claims", "numbers") else experiments.find_experiments(args.name)
+    if not reading: ledger = experiments.reproduce(chosen, args.preset, args.data, args.features, args.results, args.seeds, args.workers, device=args.device)
+    records = [r for r in ledger if r["cell"]["preset"] == args.preset]
+    if reading and not records: raise DataError(f"nothing is on record in {args.results} for the preset {args.preset}", "Name the folder (--results), or run an experiment without --show.")
+    if args.name == "claims":
+        judged = tables.check(claims.CLAIMS, ledger, args.preset)
+        show(judged); print(); show(claims.check_gate(ledger, args.preset))
+        if (open_ := sum(len(c.corpora) for c in claims.CLAIMS) - len(judged)): print(f"{open_} verdicts have no records yet")
+    elif args.name == "numbers":
+        numbers = pd.concat([tables.statuses(e, ledger, args.preset) for e in chosen], ignore_index=True)
+        for name, of in numbers.groupby("experiment", sort=False):
+            print(f"\n{name}"); show(of.drop(columns=["experiment", "command"]).reset_index(drop=True))
+            for command in dict.fromkeys(of.command): print(f"  {', '.join(dict.fromkeys(of.row[of.command == command]))}: {command}")
+    for e in chosen if args.name not in ("claims", "numbers") else ():
         print(f"\n{e.name}: {e.title} ({e.source}), preset {args.preset}")
         frame = tables.table(e, ledger, args.preset, by_validation=e.name.startswith("choices/"))
         for corpus in e.corpora: print(f"\n{corpus}"); show(frame[corpus])
-    print("weighted F1 in percent, mean ± standard deviation over seeds; strict: epoch chosen on validation, test-selected: on test; differences with 95 % interval, paired bootstrap over conversations")
+    print("\nweighted F1 in percent, mean ± standard deviation over seeds; strict: epoch chosen on validation, test-selected: on test; differences with the 95 % interval of a paired bootstrap over "
+          "conversations, which knows nothing of other seeds")
+    if (old := sum(r["code"] != experiments.code_of(r["cell"]["model"]) for r in records)): print(f"{old} of {len(records)} trainings on record were made with other code than today's; without --show they are made again")

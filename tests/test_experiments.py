@@ -1,5 +1,6 @@
 "Experiments: what is on record is not repeated, what was stopped carries on, and every number can be computed again from predictions."
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from erc_moe.corpora import load_corpus
 from erc_moe.evaluation import accuracy
 from erc_moe.experiments import EXPERIMENTS, FEATURES, Cell, Experiment, Ledger, Row, find_experiments, reproduce
 from erc_moe.experiments.claims import CLAIMS
+from erc_moe.features import Extractor, FeatureStore
 from erc_moe.experiments.ledger import as_characters, code_hash, from_characters
 from erc_moe.experiments.run import is_current, train_cell
 from erc_moe.experiments.tables import check, difference, results, statuses, table
@@ -138,15 +140,75 @@ def test_what_is_not_at_hand_is_told_and_left_out(tmp_path):
     assert any("meld-llama" in line and "Llama-3.1-8B" in line for line in said) and not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_row_is_looked_for_with_the_stores_it_was_trained_on(ledger, tmp_path, monkeypatch):
-    monkeypatch.setitem(FEATURES, "tuned", {"sample": {"text": "{stores}/sample-tuned"}})
-    tuned = Experiment("example/tuned", "", "", ("sample",), (Row("tuned", features="tuned", paper=dict(sample=50.0)),))
-    record = ledger.find(TABLE.cells()[0][0])
-    mine, others = Ledger(tmp_path, tmp_path/"mine"), Ledger(tmp_path, tmp_path/"others")
-    mine.set_truth(load_corpus("sample"))
-    mine.add(record | dict(cell=asdict(tuned.rows[0].cell("sample", stores=mine.stores))))
-    assert table(tuned, mine)["sample", "strict"]["tuned"] and statuses(tuned, mine)["ours, strict"][0]
-    assert not results(tuned, others) and statuses(tuned, others).status[0] == "needs weights or data not at hand"
+def test_a_corpus_that_is_not_at_hand_keeps_no_other_from_its_turn(tmp_path):
+    said, elsewhere = [], Experiment("example/elsewhere", "", "", ("meld",), (Row("here", features="frozen"),))
+    with pytest.raises(DataError): reproduce([elsewhere], data=tmp_path, results=tmp_path/"records", tell=said.append)
+    again = reproduce([elsewhere, TABLE], data=tmp_path, results=tmp_path/"records", workers=1, device="cpu", tell=said.append, seeds=1)
+    assert any(line.startswith("left out, on meld") for line in said) and all(again.find(c) for c, _ in TABLE.cells(seeds=1))
+
+
+def test_where_a_store_lies_is_no_part_of_a_training(tmp_path, monkeypatch):
+    corpus = load_corpus("sample")
+    rng = np.random.default_rng(0)
+    items = {u.id: rng.normal(size=8).astype("float32") for cs in corpus.splits.values() for c in cs for u in c.utterances}
+    monkeypatch.setitem(FEATURES, "tuned", {"sample": {"text": "features/sample-tuned"}})
+    tuned = Experiment("example/tuned", "", "", ("sample",), (Row("tuned", features="tuned", changes=QUICK),), seeds=1)
+    for place in ("here", "there"):
+        FeatureStore(tmp_path/place/"sample-tuned", Extractor("made up", "1", 8)).add([*items], np.stack([*items.values()]))
+    said = []
+    for stores in (tmp_path/"here", f"{tmp_path}/there/"): ledger = reproduce([tuned], stores=stores, results=tmp_path/"records", workers=1, device="cpu", tell=said.append)
+    assert said[-1] == "1 trainings: 1 on record, 0 to do"
+    assert str(tmp_path) not in ledger.path(tuned.cells()[0][0]).read_text()
+
+
+def test_one_training_under_two_names_is_trained_once(ledger, tmp_path):
+    cells = [replace(TABLE.rows[0], changes=QUICK | more) for more in ({}, dict(gamma=3.0))]
+    said = []
+    both = reproduce([Experiment("example/twins", "", "", ("sample",), tuple(replace(r, name=str(i)) for i, r in enumerate(cells)), seeds=1)], results=tmp_path, workers=1, device="cpu", tell=said.append)
+    records = [both.find(r.cell("sample")) for r in cells]
+    assert records[0]["key"] == records[1]["key"] and records[0]["strict"] == records[1]["strict"] and sum("strict" in line for line in said) == 1
+
+
+def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path):
+    broken = replace(TABLE, rows=(replace(TABLE.rows[0], name="broken", changes=QUICK | dict(lr=1e30)), *TABLE.rows[:2]))
+    said = []
+    with pytest.raises(DataError, match="2 of 6 trainings failed, the first mister_e sample.*lr=1e"):
+        reproduce([broken], results=tmp_path, workers=2, device="cpu", tell=said.append)
+    assert scores(Ledger(tmp_path)) == scores(ledger) and sum(line.startswith("failed, ") for line in said) == 2
+
+
+def test_a_table_that_needs_less_leaves_the_detail(tmp_path, monkeypatch):
+    detailed = replace(TABLE, name="example/detailed", rows=(replace(TABLE.rows[0], detail=True),), reference="")
+    monkeypatch.setitem(EXPERIMENTS, detailed.name, detailed)
+    plain = replace(TABLE, rows=TABLE.rows[:1], seeds=1)
+    kept = reproduce([plain], results=tmp_path, workers=1, device="cpu", tell=lambda line: None)
+    assert kept.find(plain.cells()[0][0], detail=True)
+
+
+def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
+    mixed = Ledger(tmp_path)
+    mixed.set_truth(load_corpus("sample"))
+    for i, (cell, _) in enumerate(replace(TABLE, rows=TABLE.rows[:1]).cells()): mixed.add(ledger.find(cell) | (dict(code="older") if i else {}))
+    with pytest.raises(DataError, match="not all trained with the same code.*--seeds 2"): results(TABLE, mixed)
+
+
+def _add(folder, seeds):
+    for seed in seeds: Ledger(folder).add(dict(cell=dict(model="nobody", corpus="sample", features={}, seed=seed), key=str(seed)))
+
+
+def test_several_processes_may_add_to_one_ledger(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=_add, args=(tmp_path, range(i, 40, 2))) for i in range(2)]
+    for w in writers: w.start()
+    for w in writers: w.join()
+    assert sorted(r["cell"]["seed"] for r in Ledger(tmp_path)) == list(range(40))
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path, capsys):
+    _add(tmp_path, [0])
+    path = tmp_path/"cpu"/"nobody-sample.jsonl"
+    path.write_text(path.read_text() + "<<<<<<< HEAD\n")
+    with pytest.raises(DataError, match="nobody-sample.jsonl, line 2 is not a record"): [*Ledger(tmp_path)]
 
 
 @pytest.mark.parametrize("classes", [[], [0], [-1, 0, 9, 10, 35], list(range(-1, 36))])

@@ -6,11 +6,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from erc_moe.conversations import DataError, collate
+from erc_moe.conversations import MODALITIES, DataError, collate
 from erc_moe.ragged import Layout
 from erc_moe.sure import Sure, SureConfig
 from erc_moe.sure.experts import GaussianExperts
-from erc_moe.sure.model import MODALITIES
 from erc_moe.sure.reasoning import IterativeReasoning, reason
 from erc_moe.sure.transformer import TransformerGate, positions
 from test_models import LABELS, WIDTHS, conversations, lengths, longer, seeds

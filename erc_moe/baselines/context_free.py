@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from ..conversations import ConversationBatch, DataError
+from ..conversations import MODALITIES, ConversationBatch, DataError
 from ..losses import LossParts, focal_loss
 from ..ragged import Layout, dropout
-from ..sure.model import MODALITIES
 
 # %% ../../nbs/38_context_free.ipynb #3d7f7796
 def check_config(

@@ -2,6 +2,6 @@
 from . import papers
 from .declare import EXPERIMENTS, FEATURES, Cell, Experiment, Row, declare, find_experiments, lacking
 from .ledger import Ledger
-from .run import reproduce
+from .run import code_of, reproduce
 
-__all__ = ["EXPERIMENTS", "FEATURES", "Cell", "Experiment", "Row", "declare", "find_experiments", "lacking", "Ledger", "reproduce"]
+__all__ = ["EXPERIMENTS", "FEATURES", "Cell", "Experiment", "Row", "declare", "find_experiments", "lacking", "Ledger", "code_of", "reproduce"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from filelock import FileLock
+
 import erc_moe
 from ..conversations import DataError
 from ..corpora.core import Corpus
@@ -43,6 +45,12 @@ def code_modules(
             if base.partition(".")[0] == "erc_moe": todo += [base, *(f"{base}.{a.name}" for a in node.names)]
     return frozenset(found)
 
+def _written(node):
+    "A syntax tree as text, without empty fields."
+    if isinstance(node, list): return f"[{','.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST): return repr(node)
+    return f"{type(node).__name__}({','.join(f'{k}={_written(v)}' for k, v in ast.iter_fields(node) if v is not None and v != [])})"
+
 @cache
 def code_hash(
     *modules: str,
@@ -54,7 +62,7 @@ def code_hash(
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))] or [ast.Pass()]
-        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
+        digest.update(f"{name}\n{_written(tree)}\n".encode())
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/55_ledger.ipynb #326d7380
@@ -84,17 +92,24 @@ class Ledger:
     "The trainings that are on record in a folder."
     def __init__(self,
         folder: str|Path = "results/reproduce",
-        stores: str|Path = "features",    # folder with the feature stores whose trainings are looked for
     ):
-        self.folder, self.stores, self._lines = Path(folder), str(stores), {}
+        self.folder, self._lines = Path(folder), {}
+
+    def __iter__(self):
+        "Every record."
+        for path in sorted(self.folder.glob("*/*.jsonl")): yield from self._records(path).values()
 
     def path(self, cell: Cell) -> Path:
         return self.folder/cell.preset/f"{cell.model}-{cell.corpus}.jsonl"
 
     def _records(self, path):
         if path not in self._lines:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            self._lines[path] = {Cell(**r["cell"]).identity: r for r in map(json.loads, lines)}
+            found = {}
+            for n, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+                try: record = json.loads(line); found[Cell(**record["cell"]).identity] = record
+                except (ValueError, KeyError, TypeError) as e:
+                    raise DataError(f"{path}, line {n} is not a record ({type(e).__name__}: {e})", "Delete the line, and the same command trains it again.") from e
+            self._lines[path] = found
         return self._lines[path]
 
     def find(self,
@@ -105,14 +120,23 @@ class Ledger:
         record = self._records(self.path(cell)).get(cell.identity)
         return record if record and (not detail or "dropped" in record) else None
 
+    def twin(self,
+        cell: Cell,
+        key: str,
+        detail: bool = False,
+    ) -> dict|None:
+        "A record with this key under another name of the same training, such as a setting that is the preset's."
+        return next((r for r in self._records(self.path(cell)).values() if r["key"] == key and (not detail or "dropped" in r)), None)
+
     def add(self, record: dict):
-        "Keep a record: `cell`, `key`, `strict`, `test_selected` and what else there is to tell."
+        "Keep a record: `cell`, `key`, `strict`, `test_selected` and what else there is to tell. Several processes may add to one ledger."
         path = self.path(cell := Cell(**record["cell"]))
-        self._lines.pop(path, None)                                               # another process may have written
-        records = self._records(path)
-        records[cell.identity] = record
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for _, r in sorted(records.items())).encode())
+        with FileLock(path.with_suffix(".lock")):
+            self._lines.pop(path, None)                                           # another process may have written
+            records = self._records(path)
+            records[cell.identity] = record
+            atomic_write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for _, r in sorted(records.items())).encode())
 
     def truth(self, corpus: str) -> dict:
         "What `truth_of` gave for this corpus."
@@ -127,14 +151,19 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text: atomic_write(path, text.encode())
 
+    def truth_for(self, record: dict) -> dict:
+        "The truth that a record's predictions are of; a `DataError` where its split is not the one on record."
+        truth = self.truth(record["cell"]["corpus"])
+        if truth["split_hash"] != record["split_hash"]:
+            raise DataError(f"a training of {record['cell']['model']} on {truth['corpus']} was made on another split than the one on record", "Run its experiment again.")
+        return truth
+
     def counts(self,
         record: dict,
         protocol: str = "strict",        # or "test_selected"
         expert: str|None = None,         # one expert's word in place of the model's
     ) -> np.ndarray:                     # int64 (B, C, C): conversation, truth, prediction
         "The confusion of every test conversation."
-        truth = self.truth(record["cell"]["corpus"])
-        if truth["split_hash"] != record["split_hash"]:
-            raise DataError(f"a training of {record['cell']['model']} on {truth['corpus']} was made on another split than the one on record", "Run its experiment again.")
+        truth = self.truth_for(record)
         said = from_characters(record["experts"][expert] if expert else record[protocol]["predicted"])
         return conversation_counts(from_characters("".join(truth["test"].values())), said, np.repeat(np.arange(len(truth["test"])), [*map(len, truth["test"].values())]), len(truth["labels"]))

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from ..conversations import DataError
 from ..evaluation import bootstrap_interval
-from .declare import Experiment, find_experiments
+from .declare import Experiment, find_experiment
 from .ledger import Ledger
 from .tables import difference, results
 
@@ -22,8 +22,6 @@ OURS, PAPERS = "#333333", "#d55e00"
 _STRICT = dict(marker="o", ms=6, color=OURS, ls="none", label="ours, strict")
 _SELECTED = dict(marker="o", ms=6, mfc="white", mec=OURS, ls="none", label="ours, test-selected")
 _PAPER = dict(marker="D", ms=6, mfc="none", mec=PAPERS, mew=1.5, ls="none", label="the paper's")
-
-def _experiment(x): return find_experiments(x)[0] if isinstance(x, str) else x
 
 def _names(experiment, names):
     "Those asked for, or all; a `DataError` for one that the experiment does not have."
@@ -60,7 +58,7 @@ def plot_rows(
     width: float = 10,                       # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
     "Weighted F1 of every row: ours with its seeds and interval, under both protocols, beside the paper's."
-    e = _experiment(experiment)
+    e = find_experiment(experiment)
     corpora, found = corpora or e.corpora, results(e, ledger, preset)
     shown = [n for n in _names(e, names) if any((n, c) in found or c in e.row(n).paper for c in corpora)]
     panels = _panels(corpora, .27*len(shown) + 1.1, width, True)
@@ -88,7 +86,7 @@ def plot_differences(
     width: float = 10,                       # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
     "Weighted F1 of every row less the reference's: strict, paired bootstrap over conversations, beside the paper's difference."
-    e = _experiment(experiment)
+    e = find_experiment(experiment)
     corpora, reference, found = corpora or e.corpora, reference or e.reference, results(e, ledger, preset)
     run = lambda n, c: (n, c) in found and (reference, c) in found
     shown = [n for n in _names(e, names) if n != reference and any(run(n, c) for c in corpora)]
@@ -118,7 +116,7 @@ def plot_curve(
     width: float = 9,                        # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
     "Weighted F1 over the values of a setting, ours under both protocols with the seeds' spread, and the paper's points."
-    e = _experiment(experiment)
+    e = find_experiment(experiment)
     corpora, found = corpora or e.corpora, results(e, ledger, preset)
     panels = _panels(corpora, 3.3, width, False)
     def place(row, r): return row.at if row.at is not None else r.records[0]["config"]["model"][setting] if r and setting else None

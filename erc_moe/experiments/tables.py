@@ -6,17 +6,18 @@
 __all__ = ['Result', 'results', 'committed', 'difference', 'told', 'table', 'Side', 'Claim', 'verdict', 'check', 'statuses']
 
 # %% ../../nbs/58_tables.ipynb #0510ab36
-import os
+import json, os
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from ..evaluation import Difference, accuracy, over_seeds, paired_bootstrap, weighted_f1
-from .declare import Experiment, Row, find_experiments, lacking
+from ..conversations import DataError
+from ..evaluation import Difference, Interval, over_seeds, paired_bootstrap, weighted_f1
+from .declare import Experiment, Row, find_experiment, find_experiments, lacking
 from .ledger import Ledger
 from .run import reproduce
+from ..training.results import percent
 
 # %% ../../nbs/58_tables.ipynb #8a70ceab
 @dataclass
@@ -57,12 +58,16 @@ def results(
     preset: str = "cpu",
 ) -> dict[tuple[str, str], Result]:    # (row, corpus), of those that have a record
     "What is on record for an experiment."
-    e = find_experiments(experiment)[0] if isinstance(experiment, str) else experiment
+    e = find_experiment(experiment)
     ledger, found = ledger or committed(), {}
     for row in e.rows:
         for corpus in e.corpora:
-            cells = [row.cell(corpus, preset, seed, ledger.stores) for seed in range(100)]
+            cells = [row.cell(corpus, preset, seed) for seed in range(100)]
             records = [r for c in cells if c and (r := ledger.find(c, row.detail))]
+            made = {json.dumps([r.get(k) for k in ("code", "feature_hash", "split_hash", "config")], sort_keys=True) for r in records}
+            if len(made) > 1:
+                raise DataError(f"{row.name} on {corpus}: its {len(records)} seeds were not all trained with the same code, features and configuration, and have no mean",
+                                f"Run erc_moe_reproduce {e.name} --seeds {records[-1]['cell']['seed'] + 1}, which trains the old ones again.")
             if records: found[row.name, corpus] = Result(row, corpus, ledger, records)
     return found
 
@@ -95,27 +100,23 @@ def told(
     "In percentage points, with the 95 % interval."
     return "" if d is None else f"{100*d.difference:+.1f} ({100*d.low:+.1f} to {100*d.high:+.1f})".replace("-", "−")
 
-def _percent(x): return f"{100*x['mean']:.1f}" + (f" ± {100*x['std']:.1f}" if x["std"] is not None else "")
-
 def table(
     experiment: Experiment|str,
     ledger: Ledger|None = None,
     preset: str = "cpu",
-    accuracies: bool = False,       # the strict accuracy too
     by_validation: bool = False,    # validation in place of everything that test says
 ) -> pd.DataFrame:                  # rows of the experiment, columns under each corpus
     "The experiment as a table: weighted F1 in percent, mean and standard deviation over seeds."
-    e = find_experiments(experiment)[0] if isinstance(experiment, str) else experiment
+    e = find_experiment(experiment)
     found, lines = results(e, ledger, preset), {}
     for row in e.rows:
         line = lines[row.name] = {}
         for corpus in e.corpora:
             r, reference = found.get((row.name, corpus)), found.get((e.reference, corpus))
             cell = {"paper": f"{row.paper[corpus]:.1f}" if corpus in row.paper else ""}
-            if by_validation: cell = {"validation": r and _percent(r.validation)}
+            if by_validation: cell = {"validation": r and percent(r.validation)}
             else:
-                cell |= {"strict": r and _percent(r.score()), "test-selected": r and _percent(r.score("test_selected")), "gained by it": r and f"{100*r.gain['mean']:+.1f}"}
-                if accuracies: cell |= {"accuracy": r and _percent(r.score(measure=accuracy))}
+                cell |= {"strict": r and percent(r.score()), "test-selected": r and percent(r.score("test_selected")), "gained by it": r and f"{100*r.gain['mean']:+.1f}"}
                 if e.reference: cell |= {f"less {e.reference}": r and reference and row.name != e.reference and told(difference(r, reference)) or ""}
             cell |= {"seeds": r and len(r.records)}
             line.update({(corpus, k): "" if v is None else v for k, v in cell.items()})
@@ -142,7 +143,7 @@ class Claim:
     corpora: tuple[str, ...] = ("iemocap", "meld")
 
 def verdict(
-    d: Difference,    # of what is claimed to be better, less the other
+    d: Difference|Interval,    # of what is claimed to be better, less the other
 ) -> str:
     "By the rule above."
     return "confirmed" if d.low > 0 else "reversed" if d.high < 0 else "not seen"
@@ -160,7 +161,7 @@ def check(
             if not all(sides): continue
             d = difference(*sides, experts=(c.better.expert, c.worse.expert))
             lines.append({"claim": c.says, "source": c.source, "corpus": corpus, "paper": f"{c.paper[corpus]:+.1f}".replace("-", "−") if corpus in c.paper else "",
-                          "ours": told(d), "seeds": min(len(s.records) for s in sides), "verdict": verdict(d)})
+                          "ours": told(d), "seeds": "/".join(dict.fromkeys(str(len(s.records)) for s in sides)), "verdict": verdict(d)})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/58_tables.ipynb #3e1add07
@@ -170,7 +171,7 @@ def statuses(
     preset: str = "cpu",
 ) -> pd.DataFrame:       # a line per row and corpus that the paper has a number for
     "What became of every number of a table."
-    e = find_experiments(experiment)[0] if isinstance(experiment, str) else experiment
+    e = find_experiment(experiment)
     ledger = ledger or committed()
     found, lines = results(e, ledger, preset), []
     for row in e.rows:
@@ -178,12 +179,13 @@ def statuses(
             r, reference, paper = found.get((row.name, corpus)), found.get((e.reference, corpus)), row.paper[corpus]
             score, command = r and r.score(), f"erc_moe_reproduce {e.name}"
             if r is None:
-                cell = row.cell(corpus, preset, stores=ledger.stores)
-                status, command = "needs weights or data not at hand", "; ".join({*lacking(cell).values()}) + f"; {command}" if cell else "cited by the paper"
+                cell = row.cell(corpus, preset)
+                needs = [*dict.fromkeys(lacking(cell).values())] if cell else ["cited by the paper"]
+                status, command = "needs weights or data not at hand" if needs else "not trained yet", " && ".join([*needs, command] if cell else needs)
             elif abs(100*score["mean"] - paper) <= 100*(score["std"] or 0): status = "reproduced within one standard deviation"
             elif (there := e.row(e.reference).paper.get(corpus) if e.reference else None) and row.name != e.reference and reference \
                     and np.sign(score["mean"] - reference.score()["mean"]) == np.sign(paper - there): status = "same direction, other features"
             else: status = "not reproduced"
-            lines.append({"experiment": e.name, "row": row.name, "corpus": corpus, "paper": paper, "ours, strict": _percent(score) if r else "",
-                          "ours, test-selected": _percent(r.score("test_selected")) if r else "", "status": status, "command": command})
+            lines.append({"experiment": e.name, "row": row.name, "corpus": corpus, "paper": paper, "ours, strict": percent(score) if r else "",
+                          "ours, test-selected": percent(r.score("test_selected")) if r else "", "status": status, "command": command})
     return pd.DataFrame(lines)

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..conversations import Conversation, ConversationBatch, DataError, collate
-from ..evaluation import conversation_counts, weighted_f1
+from ..evaluation.statistics import conversation_counts, weighted_f1
 
 # %% ../../nbs/42_training.ipynb #68fc4e99
 class ConversationTensors:
