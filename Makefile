@@ -54,9 +54,10 @@ notebooks: setup ## export the notebooks to the package, run them all, save thei
 	$(BIN)/python tools/run_notebooks.py
 	$(BIN)/python tools/make_readme.py
 
-bench: setup     ## speed and memory of the paper-size models, as ratios; renews results/benchmark-*.json
+bench: setup     ## speed and memory of the paper-size models and of many trainings at a time, as ratios; renews results/benchmark-*.json
 	$(BIN)/python benchmarks/mister_e.py --steps 15 --save results/benchmark-mister_e.json
 	$(BIN)/python benchmarks/sure.py --save results/benchmark-sure.json
+	$(BIN)/python benchmarks/reproduce.py --save results/benchmark-reproduce.json
 
 wheel: setup     ## build the wheel and try it in a clean environment
 	$(BIN)/python tools/check_wheel.py

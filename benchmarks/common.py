@@ -20,6 +20,7 @@ from torch import nn
 
 from erc_moe.conversations import ConversationBatch
 from erc_moe.ragged import keep_memory
+from erc_moe.training.results import write_json
 
 
 @dataclass
@@ -149,5 +150,4 @@ def benchmark(
             print(f"{a} / {b}: {clock:.2f} (CPU time {cpu:.2f})")
     if args.save:
         settings = {k: v for k, v in vars(args).items() if k not in ("save", "worker", "profile", "forms")}
-        args.save.write_text(json.dumps(dict(command=f"python {' '.join(sys.argv)}", settings=settings, threads=torch.get_num_threads(), torch=torch.__version__,
-                                             gemm_rate=round(gemm), forms=record), indent=1) + "\n")
+        write_json(args.save, dict(command=f"python {' '.join(sys.argv)}", settings=settings, threads=torch.get_num_threads(), torch=torch.__version__, gemm_rate=round(gemm), forms=record))

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -18,10 +19,11 @@ from erc_moe.corpora import load_corpus
 from erc_moe.evaluation import accuracy
 from erc_moe.experiments import EXPERIMENTS, FEATURES, Cell, Experiment, Ledger, Row, find_experiments, reproduce
 from erc_moe.experiments.claims import CLAIMS
+from erc_moe.experiments.declare import made_by
 from erc_moe.features import Extractor, FeatureStore
 from erc_moe.experiments.ledger import as_characters, code_hash, from_characters
 from erc_moe.experiments.run import is_current, train_cell
-from erc_moe.experiments.tables import check, difference, results, statuses, table
+from erc_moe.experiments.tables import difference, results, statuses, table
 from erc_moe.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,7 @@ def test_a_killed_reproduction_carries_on(ledger, tmp_path):
     while not path.exists() and process.poll() is None: time.sleep(.05)
     process.kill(); process.wait()
     kept = path.read_text().splitlines()
-    assert kept and all(json.loads(line)["key"] for line in kept)
+    assert 0 < len(kept) < 4 and all(json.loads(line)["key"] for line in kept)
     said = []
     again = reproduce([TABLE], results=tmp_path/"records", workers=1, device="cpu", tell=said.append)
     assert said[0] == f"4 trainings: {len(kept)} on record, {4 - len(kept)} to do" and scores(again) == scores(ledger)
@@ -242,7 +244,30 @@ def test_the_command_prints_what_is_on_record(capsys):
     assert all(word in out for word in ("iemocap", "meld", "monolithic", "strict", "test-selected", "67.8"))
     assert cli.reproduce(["choices/features", "--results", records, "--show"]) == 0
     assert "validation" in (out := capsys.readouterr().out) and "paper" not in out
-    assert cli.reproduce(["table2"]) == 1 and "There are all" in capsys.readouterr().err
+    assert cli.reproduce(["table2"]) == 1 and "mister_e, sure, choices; and all" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_cannot_show(tmp_path, capsys):
+    from erc_moe import cli
+    for argv in (["claims"], ["numbers"], ["mister_e/table2", "--show"]):
+        assert cli.reproduce([*argv, "--results", str(tmp_path)]) == 1
+        assert "nothing is on record" in capsys.readouterr().err
+    for option in ("--seeds", "--workers"):
+        with pytest.raises(SystemExit) as stop: cli.reproduce(["mister_e/table2", option, "0"])
+        assert stop.value.code == 2 and "not a number of one or more" in capsys.readouterr().err
+
+
+def test_the_command_that_makes_a_store_is_one_that_its_parser_takes():
+    from erc_moe import cli
+    stores = {s for of in FEATURES.values() for sources in of.values() for source in sources.values() for s in source.split("+") if s.startswith("features/")}
+    assert len(stores) > 20
+    for store in stores:
+        for command in made_by(store).split(" && "):
+            program, *argv = shlex.split(command)
+            if program == "make": continue
+            with pytest.raises(SystemExit) as stop: getattr(cli, program.removeprefix("erc_moe_"))([*argv, "--help"])    # known options and values come before the help
+            assert stop.value.code == 0
+            assert {"--corpus", "--out"} <= {*argv}
 
 
 def test_wrong_names_are_refused_with_the_right_ones():
@@ -258,6 +283,7 @@ def test_every_claim_is_about_rows_that_are_run():
 
 
 RECORDS = sorted((ROOT/"results"/"reproduce").glob("*/*.jsonl"))
+assert RECORDS
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_committed_records_are_whole(path):

@@ -11,7 +11,6 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb, process_write
-from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
