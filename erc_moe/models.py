@@ -80,15 +80,16 @@ register(ModelEntry("sure", Sure, SureConfig, training={
             "iemocap": dict(lr=2e-3), "meld": dict(batch_size=32), "emorynlp": dict(batch_size=32)}}));
 
 # %% ../nbs/44_models.ipynb #e3f5dbfc
-for _name, _model, _config, _paper, _lr in (
-        ("context_free", ContextFree, ContextFreeConfig, {"": dict(lr=1e-4), "meld": dict(batch_size=32)}, 2e-3),
-        ("bc_lstm", BcLstm, BcLstmConfig, {"": dict(epochs=60, batch_size=32, lr=1e-4, weight_decay=1e-5)}, 4e-3),
+for _name, _model, _config, _paper, _rates in (    # rates: iemocap, meld, mosi
+        ("context_free", ContextFree, ContextFreeConfig, {"": dict(lr=1e-4), "meld": dict(batch_size=32)}, (1.6e-2, 4e-3, 2e-3)),
+        ("bc_lstm", BcLstm, BcLstmConfig, {"": dict(epochs=60, batch_size=32, lr=1e-4, weight_decay=1e-5)}, (8e-3, 2e-3, 8e-3)),
         ("dialogue_rnn", DialogueRnn, DialogueRnnConfig, {"": dict(epochs=60, batch_size=30, lr=1e-4, weight_decay=1e-5),
-                                                          "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=100, lr=5e-4)}, 2e-3),
+                                                          "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=100, lr=5e-4)}, (1.6e-2, 4e-3, 1.6e-2)),
         ("sdt", Sdt, SdtConfig, {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
-                                 "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=8, lr=5e-6)}, 4e-3),
-        ("late_fusion", LateFusion, LateFusionConfig, {"meld": dict(batch_size=32)}, 4e-3)):
-    register(ModelEntry(_name, _model, _config, training={"paper": _paper, "cpu": _cpu | {"": _cpu[""] | dict(lr=_lr)}}))
+                                 "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=8, lr=5e-6)}, (4e-3, 2e-3, 8e-3)),
+        ("late_fusion", LateFusion, LateFusionConfig, {"meld": dict(batch_size=32)}, (4e-3, 2e-3, 1.6e-2))):
+    _chosen = {c: _cpu[c] | dict(lr=lr) for c, lr in zip(("", "meld", "mosi", "emorynlp"), (*_rates, _rates[1]))}
+    register(ModelEntry(_name, _model, _config, training={"paper": _paper, "cpu": _cpu | _chosen}))
 
 # %% ../nbs/44_models.ipynb #aef962e6
 def parse_changes(

@@ -132,7 +132,7 @@ def test_the_table_has_every_row_and_the_papers_numbers(ledger):
     assert t["seeds"].tolist() == [2, 2, "", ""] and t.loc["with", "less with"] == "" and t.loc["without", "less with"]
     assert "strict" not in table(TABLE, ledger, by_validation=True)["sample"]
     s = statuses(TABLE, ledger).set_index("row").status
-    assert s["elsewhere"] == s["cited"] == "needs weights or data not at hand" and s["with"] in ("not reproduced", "reproduced within one standard deviation")
+    assert s["elsewhere"] == "needs weights or data not at hand" and s["cited"] == "cited by the paper" and s["with"] in ("not reproduced", "reproduced within one standard deviation")
 
 
 def test_what_is_not_at_hand_is_told_and_left_out(tmp_path):

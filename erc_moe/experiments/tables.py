@@ -195,8 +195,9 @@ def statuses(
             score, command = r and r.score(), f"erc_moe_reproduce {e.name}"
             if r is None:
                 cell = row.cell(corpus, preset)
-                needs = [*dict.fromkeys(lacking(cell).values())] if cell else ["cited by the paper"]
-                status, command = "needs weights or data not at hand" if needs else "not trained yet", " && ".join([*needs, command] if cell else needs)
+                needs = [*dict.fromkeys(lacking(cell).values())] if cell else []
+                status = "cited by the paper" if not cell else "needs weights or data not at hand" if needs else "not trained yet"
+                command = " && ".join([*needs, command]) if cell else ""
             elif abs(100*score["mean"] - paper) <= 100*(score["std"] or 0): status = "reproduced within one standard deviation"
             elif (there := e.row(e.reference).paper.get(corpus) if e.reference else None) and row.name != e.reference and reference \
                     and np.sign(score["mean"] - reference.score()["mean"]) == np.sign(paper - there): status = "same direction, other features"
