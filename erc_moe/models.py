@@ -88,8 +88,8 @@ for _name, _model, _config, _paper, _rates in (    # rates: iemocap, meld, mosi
         ("sdt", Sdt, SdtConfig, {"": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
                                  "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(epochs=50, batch_size=8, lr=5e-6)}, (4e-3, 2e-3, 8e-3)),
         ("late_fusion", LateFusion, LateFusionConfig, {"meld": dict(batch_size=32)}, (4e-3, 2e-3, 1.6e-2))):
-    _chosen = {c: _cpu[c] | dict(lr=lr) for c, lr in zip(("", "meld", "mosi", "emorynlp"), (*_rates, _rates[1]))}
-    register(ModelEntry(_name, _model, _config, training={"paper": _paper, "cpu": _cpu | _chosen}))
+    _own = {c: _cpu.get(c, {}) | dict(lr=lr) for c, lr in zip(("iemocap", "meld", "mosi"), _rates)}
+    register(ModelEntry(_name, _model, _config, training={"paper": _paper, "cpu": _cpu | {"": _cpu[""] | dict(lr=_rates[1])} | _own}))
 
 # %% ../nbs/44_models.ipynb #aef962e6
 def parse_changes(
