@@ -261,7 +261,8 @@ def reproduce(args):
         numbers = pd.concat([tables.statuses(e, ledger, args.preset) for e in chosen], ignore_index=True)
         for name, of in numbers.groupby("experiment", sort=False):
             print(f"\n{name}"); show(of.drop(columns=["experiment", "command"]).reset_index(drop=True))
-            for command in dict.fromkeys(of.command): print(f"  {', '.join(dict.fromkeys(of.row[of.command == command]))}: {command}")
+            commands = pd.Series([c.replace(corpus, "$corpus") for c, corpus in zip(of.command, of.corpus)], of.index)
+            for command in filter(None, dict.fromkeys(commands)): print(f"  {', '.join(dict.fromkeys(of.row[commands == command]))}: {command}")
     for e in chosen if args.name not in ("claims", "numbers") else ():
         print(f"\n{e.name}: {e.title} ({e.source}), preset {args.preset}")
         frame = tables.table(e, ledger, args.preset, by_validation=e.name.startswith("choices/"))
