@@ -115,7 +115,7 @@ def test_a_recording_that_lies_is_turned_up(tmp_path, matrix, turns):
 
 @needs_av
 @settings(max_examples=12, deadline=None)
-@given(st.sampled_from([("mpeg4", "yuv420p", "fast.mp4"), ("ffv1", "bgr0", "a.mkv"), ("mpeg4", "yuv420p", "a.avi"), ("libx264", "yuv420p", "late.mp4")]), st.floats(0, 0.85))
+@given(st.sampled_from([("mpeg4", "yuv420p", "fast.mp4"), ("ffv1", "bgr0", "a.mkv"), ("mpeg4", "yuv420p", "a.avi"), ("libx264", "yuv420p", "late.mp4")]), st.floats(0, 0.8))    # 0.2 of its 1.2 seconds may lack without being missed
 def test_a_clip_cut_anywhere_is_refused_by_name(tmp_path_factory, how, share):
     codec, pixels, name = how
     rng = np.random.default_rng(0)

@@ -196,7 +196,7 @@ def statuses(
             if r is None:
                 cell = row.cell(corpus, preset)
                 needs = [*dict.fromkeys(lacking(cell).values())] if cell else []
-                status = "cited by the paper" if not cell else "needs weights or data not at hand" if needs else "not trained yet"
+                status = "cited by the paper" if row.model is None else "needs weights or data not at hand" if needs or not cell else "not trained yet"
                 command = " && ".join([*needs, command]) if cell else ""
             elif abs(100*score["mean"] - paper) <= 100*(score["std"] or 0): status = "reproduced within one standard deviation"
             elif (there := e.row(e.reference).paper.get(corpus) if e.reference else None) and row.name != e.reference and reference \
