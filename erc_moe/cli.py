@@ -225,7 +225,7 @@ def download(args):
 
 # %% ../nbs/53_commands.ipynb #328e70c9
 @_command("erc_moe_reproduce", "Fill a table or figure of the papers: train whatever of it is not on record as it would be made today, several trainings at a time and each under both protocols, and print it. "
-          "Stopped anywhere, the same command carries on; what is finished is instant. Rows whose features or corpus are not at hand are named, the first with the command that makes them.",
+          "Stopped anywhere, the same command carries on; what is finished is instant. Rows whose features or corpus are not at hand are named and left out; for features, with the command that makes them.",
           "erc_moe_reproduce mister_e/table2 --preset cpu --data corpora",
           ("name", dict(metavar="NAME", help="An experiment (mister_e/table2), a paper (mister_e, sure), all, or one of three words: list shows the experiments, claims checks every claim of the papers, numbers shows what became of every number of their tables.")), DATA,
           ("--preset", dict(default="cpu", choices=["cpu", "paper"], help="The models' size and training: cpu for two cores, paper for a GPU (default: cpu).")),
@@ -249,7 +249,7 @@ def reproduce(args):
                     "to train": len(open_) - wanting, "features not at hand": wanting}
         return show(pd.DataFrame(map(line, experiments.EXPERIMENTS.values())))
     reading = args.show or args.name in ("claims", "numbers")
-    chosen = experiments.EXPERIMENTS.values() if args.name in ("claims", "numbers") else experiments.find_experiments(args.name)
+    chosen = experiments.find_experiments("all" if args.name in ("claims", "numbers") else args.name)
     if not reading: ledger = experiments.reproduce(chosen, args.preset, args.data, args.features, args.results, args.seeds, args.workers, device=args.device)
     records = [r for r in ledger if r["cell"]["preset"] == args.preset]
     if reading and not records: raise DataError(f"nothing is on record in {args.results} for the preset {args.preset}", "Name the folder (--results), or run an experiment without --show.")
@@ -263,10 +263,11 @@ def reproduce(args):
             print(f"\n{name}"); show(of.drop(columns=["experiment", "command"]).reset_index(drop=True))
             commands = pd.Series([c.replace(corpus, "$corpus") for c, corpus in zip(of.command, of.corpus)], of.index)
             for command in filter(None, dict.fromkeys(commands)): print(f"  {', '.join(dict.fromkeys(of.row[commands == command]))}: {command}")
-    for e in chosen if args.name not in ("claims", "numbers") else ():
-        print(f"\n{e.name}: {e.title} ({e.source}), preset {args.preset}")
-        frame = tables.table(e, ledger, args.preset, by_validation=e.name.startswith("choices/"))
-        for corpus in e.corpora: print(f"\n{corpus}"); show(frame[corpus])
+    else:
+        for e in chosen:
+            print(f"\n{e.name}: {e.title} ({e.source}), preset {args.preset}")
+            frame = tables.table(e, ledger, args.preset, by_validation=e.name.startswith("choices/"))
+            for corpus in e.corpora: print(f"\n{corpus}"); show(frame[corpus])
     print("\nweighted F1 in percent, mean ± standard deviation over seeds; strict: epoch chosen on validation, test-selected: on test; differences with the 95 % interval of a paired bootstrap over "
           "conversations, which knows nothing of other seeds")
     if (old := sum(r["code"] != experiments.code_of(r["cell"]["model"]) for r in records)): print(f"{old} of {len(records)} trainings on record were made with other code than today's; without --show they are made again")

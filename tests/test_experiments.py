@@ -194,16 +194,18 @@ def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
     with pytest.raises(DataError, match="not all trained with the same code.*--seeds 2"): results(TABLE, mixed)
 
 
-def _add(folder, seeds):
+def _add(folder, seeds, together=None):
+    if together: together.wait(120)
     for seed in seeds: Ledger(folder).add(dict(cell=dict(model="nobody", corpus="sample", features={}, seed=seed), key=str(seed)))
 
 
 def test_several_processes_may_add_to_one_ledger(tmp_path):
     spawn = multiprocessing.get_context("spawn")
-    writers = [spawn.Process(target=_add, args=(tmp_path, range(i, 40, 2))) for i in range(2)]
+    together = spawn.Barrier(2)                                     # neither begins before the other is there
+    writers = [spawn.Process(target=_add, args=(tmp_path, range(i, 120, 2), together)) for i in range(2)]
     for w in writers: w.start()
     for w in writers: w.join()
-    assert sorted(r["cell"]["seed"] for r in Ledger(tmp_path)) == list(range(40))
+    assert sorted(r["cell"]["seed"] for r in Ledger(tmp_path)) == list(range(120))
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path, capsys):

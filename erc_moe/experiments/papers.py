@@ -87,5 +87,5 @@ declare(Experiment("choices/features", "Which features of stage 1?", "our own", 
     for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure")) for features in ("frozen", "tuned", "crossfit"))))
 declare(Experiment("choices/learning_rate", "Which learning rate for each baseline?", "our own", ("iemocap", "meld", "mosi"), seeds=1, rows=tuple(
     Row(f"{row.name}, {lr:g}", row.model, "frozen", changes=dict(lr=lr)) for row in BASELINES for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))))
-declare(Experiment("choices/learning_rate_finals", "And with three seeds, of the best two?", "our own", ("iemocap",), rows=tuple(
+declare(Experiment("choices/learning_rate_finals", "Which of the best two rates, with three seeds?", "our own", ("iemocap",), rows=tuple(
     Row(f"{row.name}, {lr:g}", row.model, "frozen", changes=dict(lr=lr)) for row, pair in zip(BASELINES, ((2e-3, 1.6e-2), (4e-3, 8e-3), (2e-3, 1.6e-2))) for lr in pair)))
