@@ -1,4 +1,5 @@
-"Everything that pyproject.toml calls dynamic, read from settings.ini: the one place for names, versions and requirements."
+"""Everything that pyproject.toml calls dynamic, read from settings.ini: the one place for names,
+versions and requirements."""
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,7 +8,10 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name.removesuffix("_requirements"): value.split() for name, value in cfg.items() if name.endswith("_requirements")}
+extras = {
+    name.removesuffix("_requirements"): value.split()
+    for name, value in cfg.items()
+    if name.endswith("_requirements")}
 
 setup(
     name=cfg["lib_name"],
@@ -21,18 +25,16 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
-        "Development Status :: 3 - Alpha",
-        "Intended Audience :: Science/Research",
-        "Natural Language :: English",
-        "Programming Language :: Python :: 3.11",
+        "Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
+        "Natural Language :: English", "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
+        "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["erc_moe", "erc_moe.*"]),
     package_data={"erc_moe": ["sample/*", "sample/audio/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg.get("console_scripts", "").split(), "nbdev": ["erc_moe=erc_moe._modidx:d"]},
-    zip_safe=False,
-)
+    entry_points={
+        "console_scripts": cfg.get("console_scripts", "").split(),
+        "nbdev": ["erc_moe=erc_moe._modidx:d"]},
+    zip_safe=False)

@@ -1,4 +1,5 @@
-"The commands, as a user meets them: in processes of their own, killed in the middle, with mistakes."
+"""The commands, as a user meets them: in processes of their own, killed in the middle, with
+mistakes."""
 import json
 import os
 import re
@@ -18,7 +19,12 @@ import torch
 from erc_moe import cli
 from erc_moe.training import Run
 
-COMMANDS = {c: c for c in ("train", "tune", "embed", "evaluate", "predict", "report", "extract", "download", "reproduce")} | {"import": "import_file"}
+COMMANDS = {
+    c: c
+    for c in (
+        "train", "tune", "embed", "evaluate", "predict", "report", "extract", "download",
+        "reproduce")
+} | {"import": "import_file"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,10 @@ def table(tmp_path_factory):
         for i in range(n):
             for j in range(rng.integers(3, 8)):
                 y = int(rng.integers(3))
-                rows.append(dict(conversation=f"{split}{i}", speaker="AB"[j % 2], text=f"turn {j}", label=["neutral", "joy", "anger"][y], split=split))
+                rows.append(
+                    dict(
+                        conversation=f"{split}{i}", speaker="AB"[j % 2], text=f"turn {j}",
+                        label=["neutral", "joy", "anger"][y], split=split))
                 words.append(means[y] + 0.7*rng.normal(size=5))
     pd.DataFrame(rows).to_csv(path, index=False)
     np.save(path.with_suffix(".words.npy"), np.array(words, np.float32))
@@ -41,7 +50,9 @@ def table(tmp_path_factory):
 
 
 def training(table, out, *more):
-    return ["--corpus", str(table), "--text", "words", "--speech", "voice", "--seeds", "2", "--set", "epochs=4", "--set", "hidden=8", "--device", "cpu", "--out", str(out), *more]
+    return [
+        "--corpus", str(table), "--text", "words", "--speech", "voice", "--seeds", "2", "--set",
+        "epochs=4", "--set", "hidden=8", "--device", "cpu", "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +63,17 @@ def run(table, tmp_path_factory):
 
 
 def command(name, *args, **kwargs):
-    return subprocess.Popen([sys.executable, "-c", f"import sys; from erc_moe.cli import {name}; sys.exit({name}())", *map(str, args)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from erc_moe.cli import {name}; sys.exit({name}())",
+            *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kwargs)
 
 
 def test_every_command_is_installed_under_its_name():
@@ -77,7 +97,12 @@ def test_help_is_in_sentences(name, capsys):
 
 def test_help_is_quick():
     "Nothing heavy is imported before the arguments are good."
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "from erc_moe.cli import train; train(['--help'])"], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable, "-X", "importtime", "-c",
+            "from erc_moe.cli import train; train(['--help'])"],
+        capture_output=True,
+        text=True)
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "erc_moe.training" not in imported and "transformers" not in imported
 
@@ -88,13 +113,18 @@ def test_train_prints_the_table_and_writes_the_summary(run, table, capsys):
     summary = json.loads((run/"summary.json").read_text())
     for name in ("mixture", "speech", "text", "multimodal"): assert name in out
     assert f"{100*summary['test']['weighted_f1']['mean']:.1f} ± " in out
-    assert summary["command"].startswith("erc_moe_train --corpus") and summary["config"]["model"]["hidden"] == 8
+    assert (
+        summary["command"].startswith("erc_moe_train --corpus")
+        and summary["config"]["model"]["hidden"] == 8)
 
 
 def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
-    args = lambda out: training(table, out, "--seeds", "1", "--set", "epochs=25", "--checkpoint-seconds", "0")
+    args = lambda out: training(
+        table, out, "--seeds", "1", "--set", "epochs=25", "--checkpoint-seconds", "0")
     process = command("train", *args(tmp_path/"killed"))
-    log, checkpoint = tmp_path/"killed"/"seed-0"/"log.jsonl", tmp_path/"killed"/"seed-0"/"checkpoint.pt"
+    log, checkpoint = (
+        tmp_path / "killed" / "seed-0" / "log.jsonl",
+        tmp_path / "killed" / "seed-0" / "checkpoint.pt")
     deadline = time.monotonic() + 120
     while not (checkpoint.exists() and log.exists() and len(log.read_text().splitlines()) >= 5):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
@@ -102,7 +132,8 @@ def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path/"killed"/"summary.json").exists() and checkpoint.exists()
-    again, whole = command("train", *args(tmp_path/"killed")), command("train", *args(tmp_path/"whole"))
+    again, whole = (
+        command("train", *args(tmp_path / "killed")), command("train", *args(tmp_path / "whole")))
     for p in (again, whole):
         _, err = p.communicate(timeout=300)
         assert p.returncode == 0, err
@@ -114,18 +145,33 @@ def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
 
 def test_two_processes_train_one_model(table, tmp_path):
     script = tmp_path/"train.py"
-    script.write_text(f"import sys; from erc_moe.cli import train; sys.exit(train({training(table, tmp_path/'two', '--seeds', '1')!r}))")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    script.write_text(
+        "import sys; from erc_moe.cli import train; "
+        f"sys.exit(train({training(table, tmp_path / 'two', '--seeds', '1')!r}))")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            str(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert Run(tmp_path/"two").summary["test"]["weighted_f1"]["mean"] > 0.2
     assert done.stdout.count("mister_e on talk") == 1, "one process reports"
 
 
 def test_evaluate(run, table, capsys, tmp_path):
-    assert cli.evaluate([str(run), "--corpus", str(table), "--split", "test", "--out", str(tmp_path/"again.json")]) == 0
+    assert (
+        cli.evaluate(
+            [
+                str(run), "--corpus", str(table), "--split", "test", "--out",
+                str(tmp_path / "again.json")])
+        == 0)
     assert "per class F1" in capsys.readouterr().out
-    again, summary = json.loads((tmp_path/"again.json").read_text()), json.loads((run/"summary.json").read_text())
+    again, summary = (
+        json.loads((tmp_path / "again.json").read_text()),
+        json.loads((run / "summary.json").read_text()))
     assert again["test"]["confusion"] == summary["test"]["confusion"]
 
 
@@ -133,13 +179,20 @@ def test_predict(run, table, tmp_path, capsys):
     new = tmp_path/"new.csv"
     rows = pd.read_csv(table).query("split == 'test'")
     rows[["conversation", "speaker", "text"]].to_csv(new, index=False)
-    for name in ("words", "voice"): np.save(new.with_suffix(f".{name}.npy"), np.load(table.with_suffix(f".{name}.npy"))[rows.index])
+    for name in ("words", "voice"):
+        np.save(
+            new.with_suffix(f".{name}.npy"), np.load(table.with_suffix(f".{name}.npy"))[rows.index])
     assert cli.predict([str(run), str(new), "--seed", "1", "--out", str(tmp_path/"out.csv")]) == 0
     assert "predicted" in capsys.readouterr().out
     got, saved = pd.read_csv(tmp_path/"out.csv"), Run(run).predictions(1)
-    assert got.predicted.tolist() == saved.predicted.tolist() and np.allclose(got.confidence, saved.confidence, atol=2e-4)
-    assert {"p_joy", "expert_speech", "expert_text", "expert_multimodal", "gate_text"} <= set(got.columns)
-    assert cli.predict([str(run), str(new), "--without", "speech", "--out", str(tmp_path/"deaf.jsonl")]) == 0
+    assert got.predicted.tolist() == saved.predicted.tolist() and np.allclose(
+        got.confidence, saved.confidence, atol=2e-4)
+    assert {"p_joy", "expert_speech", "expert_text", "expert_multimodal", "gate_text"} <= set(
+        got.columns)
+    assert (
+        cli.predict(
+            [str(run), str(new), "--without", "speech", "--out", str(tmp_path / "deaf.jsonl")])
+        == 0)
     deaf = pd.read_json(tmp_path/"deaf.jsonl", lines=True)
     assert (deaf.gate_speech == 0).all()
     new.with_suffix(".voice.npy").unlink()
@@ -166,41 +219,101 @@ def test_report(run, capsys):
 def test_a_test_selected_result_says_so_everywhere(table, tmp_path, capsys):
     assert cli.train(training(table, tmp_path/"paper", "--protocol", "paper", "--seeds", "7,")) == 0
     out = capsys.readouterr().out
-    assert out.count("test-selected") == 5 and out.count(" strict ") == 4      # the heading; a row for the mixture and each expert
+    # the heading; a row for the mixture and each expert
+    assert out.count("test-selected") == 5 and out.count(" strict ") == 4
     assert cli.report([str(tmp_path/"paper")]) == 0
     assert "test-selected" in (tmp_path/"paper"/"report"/"index.html").read_text(encoding="utf-8")
     assert Run(tmp_path/"paper").seeds == [7]
 
 
 def test_extract_and_use(table, tmp_path, capsys):
-    if subprocess.run([sys.executable, "-c", "from erc_moe.features.text import minilm_folder; minilm_folder()"], capture_output=True).returncode:
+    if subprocess.run(
+        [sys.executable, "-c", "from erc_moe.features.text import minilm_folder; minilm_folder()"],
+        capture_output=True,
+    ).returncode:
         pytest.skip("the offline MiniLM package is not installed")
-    assert cli.extract(["--corpus", str(table), "--text", "minilm", "--out", str(tmp_path/"store")]) == 0
-    assert cli.train(["--corpus", str(table), "--text", str(tmp_path/"store"), "--seeds", "1", "--set", "epochs=1", "--out", str(tmp_path/"run")]) == 0
-    assert json.loads((tmp_path/"run"/"summary.json").read_text())["features"]["widths"] == {"text": 384}
+    assert (
+        cli.extract(["--corpus", str(table), "--text", "minilm", "--out", str(tmp_path / "store")])
+        == 0)
+    assert (
+        cli.train(
+            [
+                "--corpus", str(table), "--text", str(tmp_path / "store"), "--seeds", "1", "--set",
+                "epochs=1", "--out", str(tmp_path / "run")])
+        == 0)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"]["widths"] == {
+        "text": 384}
 
 
-@pytest.mark.parametrize("name,args,status,message", [
-    ("train", ["--corpus", "sample"], 2, "--out"),
-    ("train", ["--corpus", "sample", "--out", "x", "--seeds", "none"], 2, "neither a number of seeds nor a list"),
-    ("train", ["--corpus", "sample", "--out", "x", "--protocol", "lucky"], 2, "invalid choice"),
-    ("train", ["--corpus", "simple", "--out", "x", "--text", "minilm"], 1, "The corpora are sample, meld"),
-    ("train", ["--corpus", "meld", "--data", "nowhere", "--out", "x", "--text", "minilm"], 1, "nowhere"),
-    ("train", ["--corpus", "sample", "--out", "x"], 1, "no features were asked for"),
-    ("train", ["--corpus", "sample", "--out", "x", "--text", "nothing"], 1, "unknown feature source 'nothing'"),
-    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--model", "misty"], 1, "The models are mister_e"),
-    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--preset", "huge"], 1, "It has paper, cpu"),
-    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "speed=1"], 1, "one of these names: epochs"),
-    ("train", ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "epochs=0"], 1, "epochs is 0"),
-    ("evaluate", ["nowhere"], 1, "holds no summary.json"),
-    ("predict", ["nowhere", "talk.csv"], 1, "holds no summary.json"),
-    ("report", ["nowhere"], 1, "holds no summary.json"),
-    ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give --text, --speech or --visual"),
-    ("download", ["iemocap", "--out", "x"], 1, "not openly downloadable")])
+@pytest.mark.parametrize(
+    "name,args,status,message",
+    [
+        ("train", ["--corpus", "sample"], 2, "--out"),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--seeds", "none"],
+            2,
+            "neither a number of seeds nor a list",
+        ),
+        ("train", ["--corpus", "sample", "--out", "x", "--protocol", "lucky"], 2, "invalid choice"),
+        (
+            "train",
+            ["--corpus", "simple", "--out", "x", "--text", "minilm"],
+            1,
+            "The corpora are sample, meld",
+        ),
+        (
+            "train",
+            ["--corpus", "meld", "--data", "nowhere", "--out", "x", "--text", "minilm"],
+            1,
+            "nowhere",
+        ),
+        ("train", ["--corpus", "sample", "--out", "x"], 1, "no features were asked for"),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--text", "nothing"],
+            1,
+            "unknown feature source 'nothing'",
+        ),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--text", "minilm", "--model", "misty"],
+            1,
+            "The models are mister_e",
+        ),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--text", "minilm", "--preset", "huge"],
+            1,
+            "It has paper, cpu",
+        ),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "speed=1"],
+            1,
+            "one of these names: epochs",
+        ),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "epochs=0"],
+            1,
+            "epochs is 0",
+        ),
+        ("evaluate", ["nowhere"], 1, "holds no summary.json"),
+        ("predict", ["nowhere", "talk.csv"], 1, "holds no summary.json"),
+        ("report", ["nowhere"], 1, "holds no summary.json"),
+        ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give --text, --speech or --visual"),
+        ("download", ["iemocap", "--out", "x"], 1, "not openly downloadable"),
+    ],
+)
 def test_mistakes_end_with_one_line(name, args, status, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try: got = getattr(cli, name)(args)
     except SystemExit as e: got = e.code
     err = capsys.readouterr().err.strip()
-    assert got == status and message in err and err.splitlines()[-1].startswith(f"erc_moe_{name}: ") and "Traceback" not in err
+    assert (
+        got == status
+        and message in err
+        and err.splitlines()[-1].startswith(f"erc_moe_{name}: ")
+        and "Traceback" not in err)
     assert not (tmp_path/"x"/"summary.json").exists()

@@ -1,4 +1,5 @@
-"""Downloads against a local server: whole or not at all, resumed from any byte, and never a wrong file."""
+"""Downloads against a local server: whole or not at all, resumed from any byte, and never a
+wrong file."""
 import hashlib
 import os
 import threading
@@ -16,9 +17,11 @@ FILE = RemoteFile("some/folder/rows.bin", len(CONTENT), hashlib.sha256(CONTENT).
 
 
 class Server:
-    "Serves `content` at any path; `limit` bytes an answer, `ranges` understood or not, `status` for failures."
+    """Serves `content` at any path; `limit` bytes an answer, `ranges` understood or not,
+    `status` for failures."""
     def __init__(self):
-        self.content, self.limit, self.ranges, self.status, self.asked = {f"/{FILE.path}": CONTENT}, None, True, None, []
+        self.content, self.limit, self.ranges, self.status, self.asked = (
+            {f"/{FILE.path}": CONTENT}, None, True, None, [])
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -29,12 +32,17 @@ class Server:
                 if outer.status: return self.send_error(outer.status)
                 if self.path not in outer.content: return self.send_error(404)
                 content = outer.content[self.path]
-                start = int(self.headers["Range"][6:-1]) if outer.ranges and self.headers["Range"] else 0
+                start = (
+                    int(self.headers["Range"][6:-1])
+                    if outer.ranges and self.headers["Range"]
+                    else 0)
                 if start >= len(content): return self.send_error(416)
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
-                self.wfile.write(content[start:] if outer.limit is None else content[start:start + outer.limit])
+                self.wfile.write(
+                    content[start:] if outer.limit is None else content[start : start + outer.limit]
+                )
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.http.server_port}"
@@ -62,10 +70,13 @@ def test_many_breaks_are_carried_over(server, tmp_path):
         tries += 1
         try: path = fetch(FILE, tmp_path, server.address)
         except DataError as e:
-            assert f"broke off after {70_000*tries} of 300000 bytes" in str(e) and not (tmp_path/"rows.bin").exists()
+            assert (
+                f"broke off after {70_000 * tries} of 300000 bytes" in str(e)
+                and not (tmp_path / "rows.bin").exists())
         else: break
     assert tries == 5 and path.read_bytes() == CONTENT
-    assert [r for _, r in server.asked] == [None, "bytes=70000-", "bytes=140000-", "bytes=210000-", "bytes=280000-"]
+    assert [r for _, r in server.asked] == [
+        None, "bytes=70000-", "bytes=140000-", "bytes=210000-", "bytes=280000-"]
 
 
 @pytest.mark.parametrize("have", [1, 150_000, 299_999, 300_000])
@@ -77,14 +88,16 @@ def test_any_part_is_carried_on(server, tmp_path, have):
 
 def test_a_spoilt_part_is_thrown_away_and_the_next_try_is_clean(server, tmp_path):
     (tmp_path/"rows.bin.part").write_bytes(b"?"*1000)
-    with pytest.raises(DataError, match="not the file that was published"): fetch(FILE, tmp_path, server.address)
+    with pytest.raises(DataError, match="not the file that was published"):
+        fetch(FILE, tmp_path, server.address)
     assert list(tmp_path.iterdir()) == []
     assert fetch(FILE, tmp_path, server.address).read_bytes() == CONTENT
 
 
 def test_a_part_that_is_too_long_is_thrown_away(server, tmp_path):
     (tmp_path/"rows.bin.part").write_bytes(CONTENT + b"more")
-    with pytest.raises(DataError, match="not the file that was published"): fetch(FILE, tmp_path, server.address)
+    with pytest.raises(DataError, match="not the file that was published"):
+        fetch(FILE, tmp_path, server.address)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,7 +123,9 @@ def test_what_is_there_is_kept(server, tmp_path):
     assert (tmp_path/"rows.bin").read_text() == "mine"
 
 
-@pytest.mark.parametrize("status, words", [(404, "answered 404"), (403, "answered 403"), (500, "answered 500")])
+@pytest.mark.parametrize(
+    "status, words", [(404, "answered 404"), (403, "answered 403"), (500, "answered 500")]
+)
 def test_refusals_are_told(server, tmp_path, status, words):
     server.status = status
     with pytest.raises(DataError, match=words): fetch(FILE, tmp_path, server.address)
@@ -125,13 +140,18 @@ def test_no_server_is_told_and_keeps_what_arrived(server, tmp_path):
     assert (tmp_path/"rows.bin.part").read_bytes() == CONTENT[:10]
 
 
-@pytest.mark.skipif(not os.environ.get("ERC_MOE_DATA"), reason="ERC_MOE_DATA is unset: the real corpora are not at hand")
+@pytest.mark.skipif(
+    not os.environ.get("ERC_MOE_DATA"),
+    reason="ERC_MOE_DATA is unset: the real corpora are not at hand",
+)
 @pytest.mark.parametrize("name", FILES)
 def test_the_checksums_are_those_of_the_official_files(server, tmp_path, name):
     "The whole way: official files on a server, downloaded, and read as the corpus."
     from erc_moe.corpora import load_corpus
     for file in FILES[name]:
-        server.content[f"/{file.path}"] = (Path(os.environ["ERC_MOE_DATA"])/name/Path(file.path).name).read_bytes()
+        server.content[f"/{file.path}"] = (
+            Path(os.environ["ERC_MOE_DATA"]) / name / Path(file.path).name
+        ).read_bytes()
     paths = download_corpus(name, tmp_path/name, server.address)
     assert [p.stat().st_size for p in paths] == [f.size for f in FILES[name]]
     assert load_corpus(name, tmp_path).split_hash == load_corpus(name).split_hash

@@ -1,4 +1,5 @@
-"Metrics against scikit-learn and torchmetrics, the bootstrap against a loop, the pictures on unusual input."
+"""Metrics against scikit-learn and torchmetrics, the bootstrap against a loop, the pictures on
+unusual input."""
 import warnings
 
 import matplotlib
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import classification_report, f1_score
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    multiclass_calibration_error, multiclass_confusion_matrix)
 
 from erc_moe import evaluation as ev
 from erc_moe.conversations import EMOTION_COLORS, Conversation, DataError, Utterance
@@ -31,18 +33,24 @@ def test_metrics_are_those_of_scikit_learn_and_torchmetrics(seed):
     logits, labels, *_ = draw(seed)
     names, scored = list("abcde"), labels >= 0
     metrics = ev.evaluate_logits(torch.tensor(logits), torch.tensor(labels), names)
-    report = classification_report(labels[scored], logits[scored].argmax(1), labels=range(5), target_names=names, output_dict=True, zero_division=0)
+    report = classification_report(
+        labels[scored], logits[scored].argmax(1), labels=range(5), target_names=names,
+        output_dict=True, zero_division=0)
     assert metrics.per_class_f1 == pytest.approx({n: report[n]["f1-score"] for n in names})
     assert metrics.support == {n: report[n]["support"] for n in names}
     assert metrics.weighted_f1 == pytest.approx(report["weighted avg"]["f1-score"])
-    occurs = [n for i, n in enumerate(names) if i in labels[scored] or i in logits[scored].argmax(1)]
+    occurs = [
+        n for i, n in enumerate(names) if i in labels[scored] or i in logits[scored].argmax(1)]
     assert metrics.macro_f1 == pytest.approx(np.mean([report[n]["f1-score"] for n in occurs]))
     truth, p = torch.tensor(labels[scored]), torch.tensor(logits[scored]).softmax(-1)
     assert metrics.confusion == multiclass_confusion_matrix(p, truth, 5).tolist()
     bins = ev.calibration_bins(logits, labels)
     filled = bins.count > 0
-    assert (bins.edges[:-1][filled] < bins.confidence[filled]).all() and (bins.confidence[filled] <= bins.edges[1:][filled]).all()
-    assert metrics.ece == pytest.approx(multiclass_calibration_error(p, truth, 5, n_bins=15, norm="l1").item(), abs=1e-5)
+    assert (bins.edges[:-1][filled] < bins.confidence[filled]).all() and (
+        bins.confidence[filled] <= bins.edges[1:][filled]
+    ).all()
+    assert metrics.ece == pytest.approx(
+        multiclass_calibration_error(p, truth, 5, n_bins=15, norm="l1").item(), abs=1e-5)
 
 
 @given(seeds)
@@ -50,14 +58,19 @@ def test_metrics_ignore_order_shift_and_unlabelled_context(seed):
     logits, labels, _, rng = draw(seed)
     metrics = ev.evaluate_logits(logits, labels, list("abcde"))
     order = rng.permutation(len(labels))
-    again = ev.evaluate_logits(np.concatenate([logits[order] + 3, rng.normal(size=(4, 5))]), [*labels[order], -1, -1, -1, -1], list("abcde"))
+    again = ev.evaluate_logits(
+        np.concatenate([logits[order] + 3, rng.normal(size=(4, 5))]),
+        [*labels[order], -1, -1, -1, -1], list("abcde"))
     assert again.confusion == metrics.confusion and again.ece == pytest.approx(metrics.ece)
 
 
 def test_errors_of_evaluation():
-    with pytest.raises(DataError, match="no utterance is labelled"): ev.evaluate_logits(np.zeros((2, 3)), [-1, -1], list("abc"))
-    with pytest.raises(DataError, match="do not fit 2 classes"): ev.evaluate_logits(np.zeros((2, 3)), [0, 1], list("ab"))
-    with pytest.raises(DataError, match="do not fit 3 classes"): ev.evaluate_logits(np.zeros((2, 3)), [0, 3], list("abc"))
+    with pytest.raises(DataError, match="no utterance is labelled"):
+        ev.evaluate_logits(np.zeros((2, 3)), [-1, -1], list("abc"))
+    with pytest.raises(DataError, match="do not fit 2 classes"):
+        ev.evaluate_logits(np.zeros((2, 3)), [0, 1], list("ab"))
+    with pytest.raises(DataError, match="do not fit 3 classes"):
+        ev.evaluate_logits(np.zeros((2, 3)), [0, 3], list("abc"))
 
 
 @given(seeds)
@@ -66,7 +79,8 @@ def test_scores_from_counts_are_scores_of_utterances(seed):
     predicted, scored = logits.argmax(1), labels >= 0
     counts = ev.conversation_counts(labels, predicted, owner, 5)
     assert counts.sum() == scored.sum()
-    assert ev.weighted_f1(counts.sum(0)) == pytest.approx(f1_score(labels[scored], predicted[scored], average="weighted"))
+    assert ev.weighted_f1(counts.sum(0)) == pytest.approx(
+        f1_score(labels[scored], predicted[scored], average="weighted"))
     assert ev.accuracy(counts.sum(0)) == pytest.approx((labels == predicted)[scored].mean())
 
 
@@ -74,7 +88,8 @@ def test_scores_from_counts_are_scores_of_utterances(seed):
 def test_bootstrap_is_the_loop_over_the_same_draws(seed):
     logits, labels, owner, _ = draw(seed)
     labels, predicted, B = labels.clip(0), logits.argmax(1), owner.max() + 1
-    ours = ev.resampled_scores(ev.conversation_counts(labels, predicted, owner, 5), resamples=20, seed=seed)
+    ours = ev.resampled_scores(
+        ev.conversation_counts(labels, predicted, owner, 5), resamples=20, seed=seed)
     for score, picked in zip(ours, np.random.default_rng(seed).integers(B, size=(20, B))):
         rows = np.concatenate([np.flatnonzero(owner == b) for b in picked])
         assert score == pytest.approx(f1_score(labels[rows], predicted[rows], average="weighted"))
@@ -84,37 +99,54 @@ def test_bootstrap_is_the_loop_over_the_same_draws(seed):
 def test_intervals_of_seeds_and_of_differences(seed):
     rng = np.random.default_rng(seed)
     labels, owner = rng.integers(4, size=120), np.arange(12).repeat(10)
-    runs = np.stack([ev.conversation_counts(labels, np.where(rng.random(120) < .6, labels, rng.integers(4, size=120)), owner, 4) for _ in range(3)])
+    runs = np.stack([
+        ev.conversation_counts(
+            labels, np.where(rng.random(120) < 0.6, labels, rng.integers(4, size=120)), owner, 4)
+        for _ in range(3)])
     several = ev.bootstrap_interval(runs, resamples=200, seed=1)
     assert several.score == pytest.approx(np.mean([ev.weighted_f1(r.sum(0)) for r in runs]))
-    np.testing.assert_allclose(ev.resampled_scores(runs, resamples=50), np.mean([ev.resampled_scores(r, resamples=50) for r in runs], 0))
-    assert [several.low, several.high] == pytest.approx(np.quantile(ev.resampled_scores(runs, resamples=200, seed=1), [.025, .975]))
-    assert several.low <= several.high and ev.bootstrap_interval(runs, resamples=200, seed=1) == several
+    np.testing.assert_allclose(
+        ev.resampled_scores(runs, resamples=50),
+        np.mean([ev.resampled_scores(r, resamples=50) for r in runs], 0))
+    assert [several.low, several.high] == pytest.approx(
+        np.quantile(ev.resampled_scores(runs, resamples=200, seed=1), [0.025, 0.975]))
+    assert (
+        several.low <= several.high
+        and ev.bootstrap_interval(runs, resamples=200, seed=1) == several)
     wider = ev.bootstrap_interval(runs, resamples=200, level=.99, seed=1)
     assert wider.low <= several.low and several.high <= wider.high
     difference = ev.paired_bootstrap(runs[0], runs[1:], resamples=200)
-    assert difference.difference == pytest.approx(ev.weighted_f1(runs[0].sum(0)) - np.mean([ev.weighted_f1(r.sum(0)) for r in runs[1:]]))
-    assert 0 < difference.p_value <= 1 and ev.paired_bootstrap(runs[0], runs[0], resamples=50).p_value == 1
+    assert difference.difference == pytest.approx(
+        ev.weighted_f1(runs[0].sum(0)) - np.mean([ev.weighted_f1(r.sum(0)) for r in runs[1:]]))
+    assert (
+        0 < difference.p_value <= 1
+        and ev.paired_bootstrap(runs[0], runs[0], resamples=50).p_value == 1)
 
 
 def test_paired_bootstrap_refuses_other_utterances():
     counts = ev.conversation_counts([0, 1, 1], [0, 1, 0], [0, 0, 1], 2)
-    for other in (counts[:1], counts[::-1], ev.conversation_counts([0, 1, 0], [0, 1, 0], [0, 0, 1], 2)):
-        with pytest.raises(DataError, match="same conversations"): ev.paired_bootstrap(counts, other)
+    for other in (
+        counts[:1], counts[::-1], ev.conversation_counts([0, 1, 0], [0, 1, 0], [0, 0, 1], 2)):
+        with pytest.raises(DataError, match="same conversations"):
+            ev.paired_bootstrap(counts, other)
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
     rng, p_values = np.random.default_rng(0), []
     for s in range(200):
         labels, owner = rng.integers(3, size=400), np.arange(40).repeat(10)
-        system = lambda: ev.conversation_counts(labels, np.where(rng.random(400) < .6, labels, rng.integers(3, size=400)), owner, 3)
+        system = lambda: ev.conversation_counts(
+            labels, np.where(rng.random(400) < 0.6, labels, rng.integers(3, size=400)), owner, 3)
         p_values.append(ev.paired_bootstrap(system(), system(), resamples=200, seed=s).p_value)
-    assert .01 <= np.mean(np.array(p_values) < .05) <= .12 and .38 < np.mean(np.array(p_values) < .5) < .62
+    assert (
+        0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.12
+        and 0.38 < np.mean(np.array(p_values) < 0.5) < 0.62)
 
 
 @pytest.fixture
 def plots(monkeypatch):
-    "The plot functions, with a backend that needs no screen; no figure is left open and no warning is given."
+    """The plot functions, with a backend that needs no screen; no figure is left open and no
+    warning is given."""
     matplotlib.use("Agg")
     from erc_moe import plots
     with warnings.catch_warnings():
@@ -125,17 +157,26 @@ def plots(monkeypatch):
 
 
 def test_every_plot_draws_into_the_axes_that_it_is_given(plots):
-    log = [dict(epoch=e, losses=dict(text=2. / e, contrastive=9. / e), validation=dict(mixture=.1 * e, text=.05 * e)) for e in (1, 2, 3)]
-    talk = Conversation("talk", [Utterance(f"talk_{i}", "AB"[i % 2], "", [None, "joy", "anger"][i % 3]) for i in range(35)])
+    log = [
+        dict(
+            epoch=e, losses=dict(text=2.0 / e, contrastive=9.0 / e),
+            validation=dict(mixture=0.1 * e, text=0.05 * e))
+        for e in (1, 2, 3)]
+    talk = Conversation(
+        "talk",
+        [Utterance(f"talk_{i}", "AB"[i % 2], "", [None, "joy", "anger"][i % 3]) for i in range(35)])
     some = np.random.default_rng(0).random((35, 2))
-    calls = [lambda **ax: plots.plot_confusion([[2, 1], [0, 0]], ["joy", "anger"], **ax),
-             lambda **ax: plots.plot_class_f1({"mixture": {"joy": .5, "anger": 0.}}, .4, **ax),
-             lambda **ax: plots.plot_class_f1({"text": {"joy": .5}, "speech": {"joy": .2}}, **ax),
-             lambda **ax: plots.plot_gate(some / some.sum(1, keepdims=True), ["text", "speech"], **ax),
-             lambda **ax: plots.plot_gate([[.5, .5]], ["text", "unheard of"], **ax),
-             lambda **ax: plots.plot_losses(log, **ax), lambda **ax: plots.plot_scores(log, **ax),
-             lambda **ax: plots.plot_conversation(talk, ["joy", "anger"], dict(text=some, speech=some, mixture=some), some, **ax),
-             lambda **ax: plots.plot_reliability(ev.calibration_bins(some, [0] * 35), **ax)]
+    calls = [
+        lambda **ax: plots.plot_confusion([[2, 1], [0, 0]], ["joy", "anger"], **ax),
+        lambda **ax: plots.plot_class_f1({"mixture": {"joy": 0.5, "anger": 0.0}}, 0.4, **ax),
+        lambda **ax: plots.plot_class_f1({"text": {"joy": 0.5}, "speech": {"joy": 0.2}}, **ax),
+        lambda **ax: plots.plot_gate(some / some.sum(1, keepdims=True), ["text", "speech"], **ax),
+        lambda **ax: plots.plot_gate([[0.5, 0.5]], ["text", "unheard of"], **ax),
+        lambda **ax: plots.plot_losses(log, **ax),
+        lambda **ax: plots.plot_scores(log, **ax),
+        lambda **ax: plots.plot_conversation(
+            talk, ["joy", "anger"], dict(text=some, speech=some, mixture=some), some, **ax),
+        lambda **ax: plots.plot_reliability(ev.calibration_bins(some, [0] * 35), **ax)]
     for call in calls:
         ax = plots.plt.subplots(figsize=(9, 4))[1]
         assert call(ax=ax) is ax and (ax.patches or ax.lines or ax.collections)
@@ -144,5 +185,11 @@ def test_every_plot_draws_into_the_axes_that_it_is_given(plots):
 
 def test_palettes_hold_colours(plots):
     from matplotlib.colors import is_color_like
-    assert all(map(is_color_like, [*plots.MODALITY_COLORS.values(), *EMOTION_COLORS.values(), plots.expert_color("unheard of")]))
-    assert len(set(plots.MODALITY_COLORS.values())) == len(plots.MODALITY_COLORS) and {"text", "speech", "visual"} <= set(plots.MODALITY_COLORS)
+    assert all(map(
+        is_color_like,
+        [
+            *plots.MODALITY_COLORS.values(),
+            *EMOTION_COLORS.values(),
+            plots.expert_color("unheard of")]))
+    assert len(set(plots.MODALITY_COLORS.values())) == len(plots.MODALITY_COLORS) and {
+        "text", "speech", "visual"} <= set(plots.MODALITY_COLORS)

@@ -1,4 +1,5 @@
-"Experiments: what is on record is not repeated, what was stopped carries on, and every number can be computed again from predictions."
+"""Experiments: what is on record is not repeated, what was stopped carries on, and every number
+can be computed again from predictions."""
 import json
 import multiprocessing
 import os
@@ -17,7 +18,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
 from erc_moe.evaluation import accuracy
-from erc_moe.experiments import EXPERIMENTS, FEATURES, Cell, Experiment, Ledger, Row, find_experiments, reproduce
+from erc_moe.experiments import (
+    EXPERIMENTS, FEATURES, Cell, Experiment, Ledger, Row, find_experiments, reproduce)
 from erc_moe.experiments.claims import CLAIMS
 from erc_moe.experiments.declare import made_by
 from erc_moe.features import Extractor, FeatureStore
@@ -28,22 +30,41 @@ from erc_moe.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = dict(epochs=2, hidden=8)
-TABLE = Experiment("example/table", "a table", "a test", ("sample",), reference="with", seeds=2, rows=(
-    Row("with", features="frozen", modalities=("text",), changes=QUICK, paper=dict(sample=50.0)), Row("without", features="frozen", modalities=("text",), changes=QUICK | dict(gamma=0.0), paper=dict(sample=40.0)),
-    Row("elsewhere", features="llama+salmonn", paper=dict(sample=60.0)), Row("cited", None, paper=dict(sample=70.0))))
+TABLE = Experiment(
+    "example/table",
+    "a table",
+    "a test",
+    ("sample",),
+    reference="with",
+    seeds=2,
+    rows=(
+        Row(
+            "with", features="frozen", modalities=("text",), changes=QUICK, paper=dict(sample=50.0)
+        ),
+        Row(
+            "without", features="frozen", modalities=("text",), changes=QUICK | dict(gamma=0.0),
+            paper=dict(sample=40.0)),
+        Row("elsewhere", features="llama+salmonn", paper=dict(sample=60.0)),
+        Row("cited", None, paper=dict(sample=70.0))))
 
 
 def scores(ledger, experiment=TABLE):
-    return {c.identity: {k: ledger.find(c)[k] for k in ("key", "strict", "test_selected", "curve")} for c, _ in experiment.cells()}
+    return {
+        c.identity: {k: ledger.find(c)[k] for k in ("key", "strict", "test_selected", "curve")}
+        for c, _ in experiment.cells()}
 
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
-    return reproduce([TABLE], results=tmp_path_factory.mktemp("records"), workers=1, device="cpu", tell=lambda line: None)
+    return reproduce(
+        [TABLE], results=tmp_path_factory.mktemp("records"), workers=1, device="cpu",
+        tell=lambda line: None)
 
 
 def test_several_at_a_time_give_what_one_at_a_time_gives(ledger, tmp_path):
-    assert scores(reproduce([TABLE], results=tmp_path, workers=2, device="cpu", tell=lambda line: None)) == scores(ledger)
+    assert scores(
+        reproduce([TABLE], results=tmp_path, workers=2, device="cpu", tell=lambda line: None)
+    ) == scores(ledger)
 
 
 def test_a_deleted_file_is_made_again_with_the_same_scores(ledger, tmp_path):
@@ -65,24 +86,36 @@ def test_a_lost_line_is_the_only_one_made_again(ledger, tmp_path):
 
 
 def test_a_killed_reproduction_carries_on(ledger, tmp_path):
-    program = ("from erc_moe.experiments import *\nfrom erc_moe.experiments import declare\nimport sys\nsys.path.insert(0, %r)\nfrom test_experiments import TABLE\n"
-               "if __name__ == '__main__': reproduce([TABLE], results='records', workers=1, device='cpu')\n") % str(ROOT/"tests")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = (
+        "from erc_moe.experiments import *\nfrom erc_moe.experiments import "
+        "declare\nimport sys\nsys.path.insert(0, %r)\nfrom test_experiments import "
+        "TABLE\n"
+        "if __name__ == '__main__': reproduce([TABLE], results='records', workers=1, "
+        "device='cpu')\n"
+    ) % str(ROOT / "tests")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path = tmp_path/"records"/"cpu"/"mister_e-sample.jsonl"
     while not path.exists() and process.poll() is None: time.sleep(.05)
     process.kill(); process.wait()
     kept = path.read_text().splitlines()
     assert 0 < len(kept) < 4 and all(json.loads(line)["key"] for line in kept)
     said = []
-    again = reproduce([TABLE], results=tmp_path/"records", workers=1, device="cpu", tell=said.append)
-    assert said[0] == f"4 trainings: {len(kept)} on record, {4 - len(kept)} to do" and scores(again) == scores(ledger)
+    again = reproduce(
+        [TABLE], results=tmp_path / "records", workers=1, device="cpu", tell=said.append)
+    assert said[0] == f"4 trainings: {len(kept)} on record, {4 - len(kept)} to do" and scores(
+        again
+    ) == scores(ledger)
 
 
 def test_both_protocols_are_of_one_trajectory(ledger):
     for cell, _ in TABLE.cells():
         r = ledger.find(cell)
         validation, test = r["curve"]["validation"], r["curve"]["test"]
-        assert r["strict"]["epoch"] == 1 + int(np.argmax(validation)) and r["test_selected"]["epoch"] == 1 + int(np.argmax(test))
+        assert r["strict"]["epoch"] == 1 + int(np.argmax(validation)) and r["test_selected"][
+            "epoch"
+        ] == 1 + int(np.argmax(test))
         for p in ("strict", "test_selected"):
             assert r[p]["test"] == pytest.approx(test[r[p]["epoch"] - 1], abs=1e-4)
             assert r[p]["validation"] == pytest.approx(validation[r[p]["epoch"] - 1], abs=1e-4)
@@ -94,12 +127,16 @@ def test_a_strict_training_is_the_strict_column(ledger, tmp_path):
     cell = TABLE.cells()[0][0]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    run = train(cell.model, cell.corpus, **cell.features, changes=cell.changes, seeds=[cell.seed], protocol="strict", device="cpu", progress=False, out=tmp_path/"run")
+    run = train(
+        cell.model, cell.corpus, **cell.features, changes=cell.changes, seeds=[cell.seed],
+        protocol="strict", device="cpu", progress=False, out=tmp_path / "run")
     torch.set_num_threads(before)
     strict = ledger.find(cell)["strict"]
     assert run.summary["test"]["weighted_f1"]["mean"] == pytest.approx(strict["test"], abs=1e-6)
     labels = load_corpus("sample").labels
-    assert [labels[i] for i in from_characters(strict["predicted"])] == run.predictions(cell.seed).predicted.tolist()
+    assert [labels[i] for i in from_characters(strict["predicted"])] == run.predictions(
+        cell.seed
+    ).predicted.tolist()
 
 
 def test_a_record_of_other_code_settings_or_features_is_stale(ledger, monkeypatch):
@@ -120,45 +157,74 @@ def test_scores_are_those_of_the_predictions(ledger):
     for (name, corpus), r in results(TABLE, ledger).items():
         for protocol in ("strict", "test_selected"):
             said = [from_characters(x[protocol]["predicted"])[known] for x in r.records]
-            assert r.score(protocol)["per_seed"] == pytest.approx([f1_score(truth[known], s, average="weighted") for s in said])
-            assert r.score(protocol, accuracy)["per_seed"] == pytest.approx([accuracy_score(truth[known], s) for s in said])
+            assert r.score(protocol)["per_seed"] == pytest.approx(
+                [f1_score(truth[known], s, average="weighted") for s in said])
+            assert r.score(protocol, accuracy)["per_seed"] == pytest.approx(
+                [accuracy_score(truth[known], s) for s in said])
     found = results(TABLE, ledger)
-    assert difference(found["with", "sample"], found["without", "sample"]).difference == pytest.approx(found["with", "sample"].score()["mean"] - found["without", "sample"].score()["mean"])
+    assert difference(
+        found["with", "sample"], found["without", "sample"]
+    ).difference == pytest.approx(
+        found["with", "sample"].score()["mean"] - found["without", "sample"].score()["mean"])
 
 
 def test_the_table_has_every_row_and_the_papers_numbers(ledger):
     t = table(TABLE, ledger)["sample"]
-    assert t.index.tolist() == ["with", "without", "elsewhere", "cited"] and t["paper"].tolist() == ["50.0", "40.0", "60.0", "70.0"]
-    assert t["seeds"].tolist() == [2, 2, "", ""] and t.loc["with", "less with"] == "" and t.loc["without", "less with"]
+    assert t.index.tolist() == ["with", "without", "elsewhere", "cited"] and t[
+        "paper"
+    ].tolist() == ["50.0", "40.0", "60.0", "70.0"]
+    assert (
+        t["seeds"].tolist() == [2, 2, "", ""]
+        and t.loc["with", "less with"] == ""
+        and t.loc["without", "less with"])
     assert "strict" not in table(TABLE, ledger, by_validation=True)["sample"]
     s = statuses(TABLE, ledger).set_index("row").status
-    assert s["elsewhere"] == "needs weights or data not at hand" and s["cited"] == "cited by the paper" and s["with"] in ("not reproduced", "reproduced within one standard deviation")
+    assert (
+        s["elsewhere"] == "needs weights or data not at hand"
+        and s["cited"] == "cited by the paper"
+        and s["with"] in ("not reproduced", "reproduced within one standard deviation"))
 
 
 def test_what_is_not_at_hand_is_told_and_left_out(tmp_path):
     said = []
     far = Experiment("example/far", "", "", ("meld",), (Row("far", features="llama+salmonn"),))
     reproduce([far], results=tmp_path, stores=tmp_path, tell=said.append)
-    assert any("meld-llama" in line and "Llama-3.1-8B" in line for line in said) and not list(tmp_path.rglob("*.jsonl"))
+    assert any("meld-llama" in line and "Llama-3.1-8B" in line for line in said) and not list(
+        tmp_path.rglob("*.jsonl"))
 
 
 def test_a_corpus_that_is_not_at_hand_keeps_no_other_from_its_turn(tmp_path):
-    said, elsewhere = [], Experiment("example/elsewhere", "", "", ("meld",), (Row("here", features="frozen"),))
-    with pytest.raises(DataError): reproduce([elsewhere], data=tmp_path, results=tmp_path/"records", tell=said.append)
-    again = reproduce([elsewhere, TABLE], data=tmp_path, results=tmp_path/"records", workers=1, device="cpu", tell=said.append, seeds=1)
-    assert any(line.startswith("left out, on meld") for line in said) and all(again.find(c) for c, _ in TABLE.cells(seeds=1))
+    said, elsewhere = (
+        [], Experiment("example/elsewhere", "", "", ("meld",), (Row("here", features="frozen"),)))
+    with pytest.raises(DataError):
+        reproduce([elsewhere], data=tmp_path, results=tmp_path/"records", tell=said.append)
+    again = reproduce(
+        [elsewhere, TABLE], data=tmp_path, results=tmp_path / "records", workers=1, device="cpu",
+        tell=said.append, seeds=1)
+    assert any(line.startswith("left out, on meld") for line in said) and all(
+        again.find(c) for c, _ in TABLE.cells(seeds=1))
 
 
 def test_where_a_store_lies_is_no_part_of_a_training(tmp_path, monkeypatch):
     corpus = load_corpus("sample")
     rng = np.random.default_rng(0)
-    items = {u.id: rng.normal(size=8).astype("float32") for cs in corpus.splits.values() for c in cs for u in c.utterances}
+    items = {
+        u.id: rng.normal(size=8).astype("float32")
+        for cs in corpus.splits.values()
+        for c in cs
+        for u in c.utterances}
     monkeypatch.setitem(FEATURES, "tuned", {"sample": {"text": "features/sample-tuned"}})
-    tuned = Experiment("example/tuned", "", "", ("sample",), (Row("tuned", features="tuned", changes=QUICK),), seeds=1)
+    tuned = Experiment(
+        "example/tuned", "", "", ("sample",), (Row("tuned", features="tuned", changes=QUICK),),
+        seeds=1)
     for place in ("here", "there"):
-        FeatureStore(tmp_path/place/"sample-tuned", Extractor("made up", "1", 8)).add([*items], np.stack([*items.values()]))
+        FeatureStore(tmp_path / place / "sample-tuned", Extractor("made up", "1", 8)).add(
+            [*items], np.stack([*items.values()]))
     said = []
-    for stores in (tmp_path/"here", f"{tmp_path}/there/"): ledger = reproduce([tuned], stores=stores, results=tmp_path/"records", workers=1, device="cpu", tell=said.append)
+    for stores in (tmp_path/"here", f"{tmp_path}/there/"):
+        ledger = reproduce(
+            [tuned], stores=stores, results=tmp_path / "records", workers=1, device="cpu",
+            tell=said.append)
     assert said[-1] == "1 trainings: 1 on record, 0 to do"
     assert str(tmp_path) not in ledger.path(tuned.cells()[0][0]).read_text()
 
@@ -166,21 +232,41 @@ def test_where_a_store_lies_is_no_part_of_a_training(tmp_path, monkeypatch):
 def test_one_training_under_two_names_is_trained_once(ledger, tmp_path):
     cells = [replace(TABLE.rows[0], changes=QUICK | more) for more in ({}, dict(gamma=3.0))]
     said = []
-    both = reproduce([Experiment("example/twins", "", "", ("sample",), tuple(replace(r, name=str(i)) for i, r in enumerate(cells)), seeds=1)], results=tmp_path, workers=1, device="cpu", tell=said.append)
+    both = reproduce(
+        [
+            Experiment(
+                "example/twins", "", "", ("sample",),
+                tuple(replace(r, name=str(i)) for i, r in enumerate(cells)), seeds=1)],
+        results=tmp_path,
+        workers=1,
+        device="cpu",
+        tell=said.append)
     records = [both.find(r.cell("sample")) for r in cells]
-    assert records[0]["key"] == records[1]["key"] and records[0]["strict"] == records[1]["strict"] and sum("strict" in line for line in said) == 1
+    assert (
+        records[0]["key"] == records[1]["key"]
+        and records[0]["strict"] == records[1]["strict"]
+        and sum("strict" in line for line in said) == 1)
 
 
 def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path):
-    broken = replace(TABLE, rows=(replace(TABLE.rows[0], name="broken", changes=QUICK | dict(lr=1e30)), *TABLE.rows[:2]))
+    broken = replace(
+        TABLE,
+        rows=(
+            replace(TABLE.rows[0], name="broken", changes=QUICK | dict(lr=1e30)),
+            *TABLE.rows[:2]))
     said = []
-    with pytest.raises(DataError, match="2 of 6 trainings failed, the first mister_e sample.*lr=1e"):
+    with pytest.raises(
+        DataError, match="2 of 6 trainings failed, the first mister_e sample.*lr=1e"
+    ):
         reproduce([broken], results=tmp_path, workers=2, device="cpu", tell=said.append)
-    assert scores(Ledger(tmp_path)) == scores(ledger) and sum(line.startswith("failed, ") for line in said) == 2
+    assert (
+        scores(Ledger(tmp_path)) == scores(ledger)
+        and sum(line.startswith("failed, ") for line in said) == 2)
 
 
 def test_a_table_that_needs_less_leaves_the_detail(tmp_path, monkeypatch):
-    detailed = replace(TABLE, name="example/detailed", rows=(replace(TABLE.rows[0], detail=True),), reference="")
+    detailed = replace(
+        TABLE, name="example/detailed", rows=(replace(TABLE.rows[0], detail=True),), reference="")
     monkeypatch.setitem(EXPERIMENTS, detailed.name, detailed)
     plain = replace(TABLE, rows=TABLE.rows[:1], seeds=1)
     kept = reproduce([plain], results=tmp_path, workers=1, device="cpu", tell=lambda line: None)
@@ -190,19 +276,24 @@ def test_a_table_that_needs_less_leaves_the_detail(tmp_path, monkeypatch):
 def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
     mixed = Ledger(tmp_path)
     mixed.set_truth(load_corpus("sample"))
-    for i, (cell, _) in enumerate(replace(TABLE, rows=TABLE.rows[:1]).cells()): mixed.add(ledger.find(cell) | (dict(code="older") if i else {}))
-    with pytest.raises(DataError, match="not all trained with the same code.*--seeds 2"): results(TABLE, mixed)
+    for i, (cell, _) in enumerate(replace(TABLE, rows=TABLE.rows[:1]).cells()):
+        mixed.add(ledger.find(cell) | (dict(code="older") if i else {}))
+    with pytest.raises(DataError, match="not all trained with the same code.*--seeds 2"):
+        results(TABLE, mixed)
 
 
 def _add(folder, seeds, together=None):
     if together: together.wait(120)
-    for seed in seeds: Ledger(folder).add(dict(cell=dict(model="nobody", corpus="sample", features={}, seed=seed), key=str(seed)))
+    for seed in seeds:
+        Ledger(folder).add(
+            dict(cell=dict(model="nobody", corpus="sample", features={}, seed=seed), key=str(seed)))
 
 
 def test_several_processes_may_add_to_one_ledger(tmp_path):
     spawn = multiprocessing.get_context("spawn")
-    together = spawn.Barrier(2)                                     # neither begins before the other is there
-    writers = [spawn.Process(target=_add, args=(tmp_path, range(i, 120, 2), together)) for i in range(2)]
+    together = spawn.Barrier(2)  # neither begins before the other is there
+    writers = [
+        spawn.Process(target=_add, args=(tmp_path, range(i, 120, 2), together)) for i in range(2)]
     for w in writers: w.start()
     for w in writers: w.join()
     assert sorted(r["cell"]["seed"] for r in Ledger(tmp_path)) == list(range(120))
@@ -212,24 +303,31 @@ def test_a_line_that_is_no_record_is_named(tmp_path, capsys):
     _add(tmp_path, [0])
     path = tmp_path/"cpu"/"nobody-sample.jsonl"
     path.write_text(path.read_text() + "<<<<<<< HEAD\n")
-    with pytest.raises(DataError, match="nobody-sample.jsonl, line 2 is not a record"): [*Ledger(tmp_path)]
+    with pytest.raises(DataError, match="nobody-sample.jsonl, line 2 is not a record"):
+        [*Ledger(tmp_path)]
 
 
 @pytest.mark.parametrize("classes", [[], [0], [-1, 0, 9, 10, 35], list(range(-1, 36))])
 def test_characters_come_back(classes):
-    assert from_characters(as_characters(classes)).tolist() == classes and len(as_characters(classes)) == len(classes)
+    assert from_characters(as_characters(classes)).tolist() == classes and len(
+        as_characters(classes)
+    ) == len(classes)
 
 
 def test_a_word_more_leaves_the_code_hash_and_an_operator_less_does_not(tmp_path, monkeypatch):
     import erc_moe
     from erc_moe.experiments import ledger as module
-    (tmp_path/"a.py").write_text('"Doc."\nfrom .b import g\ndef f(x):\n    "Doc."\n    return g(x) + 1\n'); (tmp_path/"b.py").write_text("def g(x): return x\n")
+    (tmp_path / "a.py").write_text(
+        '"Doc."\nfrom .b import g\ndef f(x):\n    "Doc."\n    return g(x) + 1\n')
+    (tmp_path/"b.py").write_text("def g(x): return x\n")
     monkeypatch.setattr(erc_moe, "__file__", str(tmp_path/"__init__.py"))
     def now():
         module.code_modules.cache_clear(); module.code_hash.cache_clear()
         return code_hash("erc_moe.a")
     first = now()
-    (tmp_path/"a.py").write_text('"Another."\nfrom .b import g\n\ndef f(x):\n    # what it does\n    return g(x)   + 1\n')
+    (tmp_path / "a.py").write_text(
+        '"Another."\nfrom .b import g\n\ndef f(x):\n    # what it does\n    return g(x)   + 1\n'
+    )
     assert now() == first
     (tmp_path/"b.py").write_text("def g(x): return -x\n")
     assert now() != first
@@ -239,14 +337,22 @@ def test_a_word_more_leaves_the_code_hash_and_an_operator_less_does_not(tmp_path
 def test_the_command_prints_what_is_on_record(capsys):
     from erc_moe import cli
     records = str(ROOT/"results"/"reproduce")
-    for name, word in (("list", "mister_e/table2"), ("claims", "modularity"), ("numbers", "needs weights or data not at hand")):
-        assert cli.reproduce([name, "--results", records, "--show"]) == 0 and word in capsys.readouterr().out
+    for name, word in (
+        ("list", "mister_e/table2"), ("claims", "modularity"),
+        ("numbers", "needs weights or data not at hand")):
+        assert (
+            cli.reproduce([name, "--results", records, "--show"]) == 0
+            and word in capsys.readouterr().out)
     assert cli.reproduce(["mister_e/section4.5", "--results", records, "--show"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("iemocap", "meld", "monolithic", "strict", "test-selected", "67.8"))
+    assert all(
+        word in out for word in ("iemocap", "meld", "monolithic", "strict", "test-selected", "67.8")
+    )
     assert cli.reproduce(["choices/features", "--results", records, "--show"]) == 0
     assert "validation" in (out := capsys.readouterr().out) and "paper" not in out
-    assert cli.reproduce(["table2"]) == 1 and "mister_e, sure, choices; and all" in capsys.readouterr().err
+    assert (
+        cli.reproduce(["table2"]) == 1
+        and "mister_e, sure, choices; and all" in capsys.readouterr().err)
 
 
 def test_the_command_says_what_it_cannot_show(tmp_path, capsys):
@@ -261,26 +367,37 @@ def test_the_command_says_what_it_cannot_show(tmp_path, capsys):
 
 def test_the_command_that_makes_a_store_is_one_that_its_parser_takes():
     from erc_moe import cli
-    stores = {s for of in FEATURES.values() for sources in of.values() for source in sources.values() for s in source.split("+") if s.startswith("features/")}
+    stores = {
+        s
+        for of in FEATURES.values()
+        for sources in of.values()
+        for source in sources.values()
+        for s in source.split("+")
+        if s.startswith("features/")}
     assert len(stores) > 20
     for store in stores:
         for command in made_by(store).split(" && "):
             program, *argv = shlex.split(command)
             if program == "make": continue
-            with pytest.raises(SystemExit) as stop: getattr(cli, program.removeprefix("erc_moe_"))([*argv, "--help"])    # known options and values come before the help
+            # known options and values come before the help
+            with pytest.raises(SystemExit) as stop:
+                getattr(cli, program.removeprefix("erc_moe_"))([*argv, "--help"])
             assert stop.value.code == 0
             assert {"--corpus", "--out"} <= {*argv}
 
 
 def test_wrong_names_are_refused_with_the_right_ones():
     with pytest.raises(DataError, match="mister_e/table2"): find_experiments("table2")
-    with pytest.raises(DataError, match="no model"): train_cell(Cell("nobody", "sample", {"text": "minilm"}), device="cpu")
-    with pytest.raises(DataError, match="an option 'gama'"): train_cell(Cell("mister_e", "sample", {"text": "minilm"}, dict(gama=1)), device="cpu")
+    with pytest.raises(DataError, match="no model"):
+        train_cell(Cell("nobody", "sample", {"text": "minilm"}), device="cpu")
+    with pytest.raises(DataError, match="an option 'gama'"):
+        train_cell(Cell("mister_e", "sample", {"text": "minilm"}, dict(gama=1)), device="cpu")
 
 
 def test_every_claim_is_about_rows_that_are_run():
     for c in CLAIMS:
-        for side in (c.better, c.worse): assert find_experiments(side.experiment)[0].row(side.row).model in MODELS
+        for side in (c.better, c.worse):
+            assert find_experiments(side.experiment)[0].row(side.row).model in MODELS
     assert len({(c.says, c.corpora) for c in CLAIMS}) == len(CLAIMS)
 
 
@@ -289,21 +406,32 @@ assert RECORDS
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_committed_records_are_whole(path):
-    "Every line has what a result must have, its scores are those of its predictions, and none carries a machine's path."
+    """Every line has what a result must have, its scores are those of its predictions, and none
+    carries a machine's path."""
     ledger = Ledger(ROOT/"results"/"reproduce")
     for line in path.read_text().splitlines():
         assert str(ROOT) not in line and "/tmp" not in line
         r = json.loads(line)
-        for key in ("cell", "key", "split_hash", "feature_hash", "code", "strict", "test_selected", "curve", "config", "versions", "device", "code_revision", "seconds"): assert r.get(key), (path.name, key)
+        for key in (
+            "cell", "key", "split_hash", "feature_hash", "code", "strict", "test_selected", "curve",
+            "config", "versions", "device", "code_revision", "seconds"):
+            assert r.get(key), (path.name, key)
         truth = ledger.truth(r["cell"]["corpus"])
         assert truth["split_hash"] == r["split_hash"] and not r["code_revision"].endswith("+")
         y = from_characters("".join(truth["test"].values()))
         for protocol in ("strict", "test_selected"):
-            assert f1_score(y[y >= 0], from_characters(r[protocol]["predicted"])[y >= 0], average="weighted") == pytest.approx(r[protocol]["test"], abs=1e-5)
+            assert f1_score(
+                y[y >= 0], from_characters(r[protocol]["predicted"])[y >= 0], average="weighted"
+            ) == pytest.approx(r[protocol]["test"], abs=1e-5)
         assert ledger.find(Cell(**r["cell"])) == r
 
 
 def test_committed_records_are_of_declared_rows():
-    declared = {c.identity for e in EXPERIMENTS.values() for c, _ in e.cells()} | {c.identity for e in EXPERIMENTS.values() for c, _ in e.cells("paper")}
-    stray = [line[:120] for p in RECORDS for line in p.read_text().splitlines() if Cell(**json.loads(line)["cell"]).identity not in declared]
+    declared = {c.identity for e in EXPERIMENTS.values() for c, _ in e.cells()} | {
+        c.identity for e in EXPERIMENTS.values() for c, _ in e.cells("paper")}
+    stray = [
+        line[:120]
+        for p in RECORDS
+        for line in p.read_text().splitlines()
+        if Cell(**json.loads(line)["cell"]).identity not in declared]
     assert not stray, "a row that is no longer declared has records"

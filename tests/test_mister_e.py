@@ -20,7 +20,10 @@ def small_model(seed=0, **changes):
 
 @pytest.fixture(scope="module", params=["paper", "released"])
 def model(request):
-    return small_model(**{} if request.param == "paper" else dict(gate="mlp", gate_temperature=2., consistency="symmetric", reduction="mean"))
+    return small_model(
+        **{}
+        if request.param == "paper"
+        else dict(gate="mlp", gate_temperature=2.0, consistency="symmetric", reduction="mean"))
 
 
 @settings(max_examples=15, deadline=None)
@@ -45,12 +48,15 @@ def test_a_batch_without_labels_costs_nothing(model):
     batch = collate(conversations([3, 2], 0), LABELS)
     batch.labels = torch.full_like(batch.labels, -1)
     loss = model.loss(model(batch), batch)
-    assert list(loss.parts) == ["speech", "text", "multimodal", "mixture", "contrastive", "consistency"]
+    assert list(loss.parts) == [
+        "speech", "text", "multimodal", "mixture", "contrastive", "consistency"]
     assert loss.total.item() == 0
     loss.total.backward()
 
 
 @pytest.mark.parametrize("modality", ["speech", "text"])
 def test_one_modality_has_one_term_of_loss(modality):
-    model, batch = MisterE(MisterEConfig({modality: WIDTHS[modality]}, 3, hidden=4, layers=1)), collate(conversations([4, 2], 0), LABELS)
+    model, batch = (
+        MisterE(MisterEConfig({modality: WIDTHS[modality]}, 3, hidden=4, layers=1)),
+        collate(conversations([4, 2], 0), LABELS))
     assert list(model.loss(model(batch), batch).parts) == [modality]

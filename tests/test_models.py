@@ -1,4 +1,5 @@
-"What every registered model promises for every batch, whatever its shape. A model is tested here by being registered."
+"""What every registered model promises for every batch, whatever its shape. A model is tested
+here by being registered."""
 import copy
 
 import numpy as np
@@ -11,13 +12,18 @@ from erc_moe.conversations import Conversation, DataError, Utterance, collate
 from erc_moe.models import MODELS
 
 LABELS, WIDTHS = ["neutral", "joy", "anger"], {"text": 4, "speech": 5, "visual": 3}
-SMALL = dict(mister_e=dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2),     # smaller than the preset "cpu", where it helps
-             sure=dict(width=8, heads=2), sdt=dict(width=8, heads=2))
+# smaller than the preset "cpu", where it helps
+SMALL = dict(
+    mister_e=dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2),
+    sure=dict(width=8, heads=2), sdt=dict(width=8, heads=2))
 SMALL |= {name: SMALL["mister_e"] for name in ("mister_e_monolithic", "mister_e_features")}
-VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],                      # beside the model itself
+# beside the model itself
+VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],
                 sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)])
-TAUGHT = dict(context_free=lambda seen, known: seen & known,                                   # (B, N) each: which observed features get a gradient;
-              late_fusion=lambda seen, known: seen & (seen & known).any(1, keepdim=True))       # in a model with context and a joint loss all of them
+# (B, N) each: which observed features get a gradient;
+TAUGHT = dict(context_free=lambda seen, known: seen & known,
+              # in a model with context and a joint loss all of them
+              late_fusion=lambda seen, known: seen & (seen & known).any(1, keepdim=True))
 NO_GATE = {"sdt", "late_fusion"}   # their experts are told, and no gate weighs them
 CASES = [(name, changes) for name in MODELS for changes in ({}, *VARIANTS.get(name, []))]
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -36,7 +42,9 @@ def modalities(name):
 
 
 def config(name, widths=None, **changes):
-    return MODELS[name].model_config("cpu", "sample", widths or {m: WIDTHS[m] for m in modalities(name)}, LABELS, **SMALL.get(name, {}) | changes)
+    return MODELS[name].model_config(
+        "cpu", "sample", widths or {m: WIDTHS[m] for m in modalities(name)}, LABELS,
+        **SMALL.get(name, {}) | changes)
 
 
 def make(name, **changes):
@@ -48,7 +56,11 @@ def make(name, **changes):
     return model.double().eval()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())]))
+@pytest.fixture(
+    scope="module",
+    params=CASES,
+    ids=lambda case: "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())]),
+)
 def model(request):
     name, changes = request.param
     return make(name, **changes)
@@ -58,8 +70,11 @@ def conversations(lengths, seed, observed=.8):
     rng, out = np.random.default_rng(seed), []
     for b, n in enumerate(lengths):
         labels = rng.choice([*LABELS, None], n)
-        c = Conversation(f"c{b}", [Utterance(f"c{b}_{i}", f"s{rng.integers(4)}", "", labels[i]) for i in range(n)])
-        for m, width in WIDTHS.items(): c = c.with_features(m, rng.normal(size=(n, width)), rng.random(n) < observed)
+        c = Conversation(
+            f"c{b}",
+            [Utterance(f"c{b}_{i}", f"s{rng.integers(4)}", "", labels[i]) for i in range(n)])
+        for m, width in WIDTHS.items():
+            c = c.with_features(m, rng.normal(size=(n, width)), rng.random(n) < observed)
         out.append(c)
     return out
 
@@ -67,17 +82,26 @@ def conversations(lengths, seed, observed=.8):
 def longer(batch, by):
     "The same batch with `by` more columns of padding, filled with numbers that must not be read."
     more = copy.copy(batch)
-    wide = lambda x, value: torch.cat([x, torch.full_like(x[:, :1], value).repeat_interleave(by, 1)], 1)
+    wide = lambda x, value: torch.cat(
+        [x, torch.full_like(x[:, :1], value).repeat_interleave(by, 1)], 1)
     more.features = {m: wide(x, 7.) for m, x in batch.features.items()}
     more.present = {m: wide(x, True) for m, x in batch.present.items()}
-    more.mask, more.labels, more.speakers = wide(batch.mask, False), wide(batch.labels, -1), wide(batch.speakers, 1)
+    more.mask, more.labels, more.speakers = (
+        wide(batch.mask, False), wide(batch.labels, -1), wide(batch.speakers, 1))
     return more
 
 
 def per_utterance(output):
-    "What an output has for every utterance, (B, N, ...) each: the contract's, and what models call by these names beside it."
-    told = [getattr(output, name, None) for name in ("logits", "experts", "gate", "routing", "uncertainty")]
-    return [x for value in told if value is not None for x in (value.values() if isinstance(value, dict) else [value])]
+    """What an output has for every utterance, (B, N, ...) each: the contract's, and what models
+    call by these names beside it."""
+    told = [
+        getattr(output, name, None)
+        for name in ("logits", "experts", "gate", "routing", "uncertainty")]
+    return [
+        x
+        for value in told
+        if value is not None
+        for x in (value.values() if isinstance(value, dict) else [value])]
 
 
 @several
@@ -91,7 +115,9 @@ def test_company_order_and_padding_change_nothing(model, lengths, seed, data):
     again = model(other)
     for x, y in zip(per_utterance(again), per_utterance(together), strict=True):
         assert not x[~other.mask].any()
-        for row, b in enumerate(order): torch.testing.assert_close(x[row, :len(convs[b])], y[b, :len(convs[b])], atol=1e-10, rtol=0)
+        for row, b in enumerate(order):
+            torch.testing.assert_close(
+                x[row, : len(convs[b])], y[b, : len(convs[b])], atol=1e-10, rtol=0)
 
 
 @several
@@ -99,7 +125,8 @@ def test_company_order_and_padding_change_nothing(model, lengths, seed, data):
 def test_an_absent_modality_is_missing(model, lengths, seed):
     batch = collate(conversations(lengths, seed, observed=.5), LABELS)
     noisy = copy.copy(batch)
-    noisy.features = {m: torch.where(batch.present[m][..., None], x, 1e6) for m, x in batch.features.items()}
+    noisy.features = {
+        m: torch.where(batch.present[m][..., None], x, 1e6) for m, x in batch.features.items()}
     out, told = model(batch), model(noisy)
     for x, y in zip(per_utterance(out), per_utterance(told)): assert torch.equal(x, y)
     assert torch.equal(model.loss(out, batch).total, model.loss(told, noisy).total)
@@ -130,7 +157,10 @@ def test_absent_features_get_no_gradient(model):
     batch.features = {m: x.double().requires_grad_() for m, x in batch.features.items()}
     model.loss(model(batch), batch).total.backward()
     for m in model.config.widths:
-        grad, taught = batch.features[m].grad, TAUGHT.get(model.config.model, lambda seen, known: seen)(batch.present[m], batch.labels >= 0)
+        grad, taught = (
+            batch.features[m].grad,
+            TAUGHT.get(model.config.model, lambda seen, known: seen)(
+                batch.present[m], batch.labels >= 0))
         assert not grad[~taught].any()
         assert (grad[taught].abs().sum(-1) > 0).all()
 
@@ -139,7 +169,8 @@ def test_every_parameter_learns(model):
     model.zero_grad()
     batch = collate(conversations([6, 5, 4], 2), LABELS)
     model.loss(model(batch), batch).total.backward()
-    for name, p in model.named_parameters(): assert p.grad is not None and p.grad.abs().sum() > 0, name
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_a_batch_without_labels_teaches_no_label(model):
@@ -155,7 +186,11 @@ def test_a_batch_without_labels_teaches_no_label(model):
 @pytest.mark.parametrize("name, changes", CASES)
 def test_one_batch_is_learned_by_heart(name, changes):
     torch.manual_seed(1)
-    pupil = MODELS[name].model(MODELS[name].model_config("cpu", "sample", {m: WIDTHS[m] for m in modalities(name)}, LABELS, **changes)).eval()
+    pupil = (
+        MODELS[name]
+        .model(MODELS[name].model_config(
+            "cpu", "sample", {m: WIDTHS[m] for m in modalities(name)}, LABELS, **changes))
+        .eval())
     batch = collate(conversations([4, 7, 1, 5], 3), LABELS)
     optimizer = torch.optim.Adam(pupil.parameters(), lr=3e-3)
     for _ in range(80):
@@ -171,7 +206,8 @@ def test_saved_and_loaded_it_says_the_same_bits(model, tmp_path):
     again = type(model).from_pretrained(tmp_path, labels=LABELS)
     assert again.config == model.config and not again.training
     assert torch.equal(again(batch).logits, model(batch).logits)
-    with pytest.raises(DataError, match="trained for the labels neutral, joy, anger"): type(model).from_pretrained(tmp_path, labels=["joy"])
+    with pytest.raises(DataError, match="trained for the labels neutral, joy, anger"):
+        type(model).from_pretrained(tmp_path, labels=["joy"])
 
 
 @each_model
@@ -189,7 +225,8 @@ def test_two_trainings_of_one_seed_end_with_the_same_bits(name):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for seed in range(3):
             batch = collate(conversations([4, 7, 2], seed), LABELS)
-            optimizer.zero_grad(); model.loss(model(batch), batch).total.backward(); optimizer.step()
+            optimizer.zero_grad()
+            model.loss(model(batch), batch).total.backward(); optimizer.step()
         return model.state_dict()
     a, b = trained(), trained()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -213,16 +250,28 @@ def test_one_modality_alone(name, modality, tmp_path):
     batch = collate(conversations([4, 2], 0), LABELS)
     out = model(batch)
     assert out.gate is None and out.experts == {} and out.logits.shape == (2, 4, 3)
-    assert torch.equal(model(collate(conversations([4, 2], 0), LABELS, [modality])).logits, out.logits)
+    assert torch.equal(
+        model(collate(conversations([4, 2], 0), LABELS, [modality])).logits, out.logits)
     assert model.loss(out, batch).total.isfinite()
     model.save_pretrained(tmp_path)
     assert torch.equal(MODELS[name].load(tmp_path)(batch).logits, out.logits)
 
 
-@pytest.mark.parametrize("name, preset, corpus", [(e.name, p, c) for e in MODELS.values() for p in e.training for c in ("iemocap", "meld", "mosi", "emorynlp", "own")])
+@pytest.mark.parametrize(
+    "name, preset, corpus",
+    [
+        (e.name, p, c)
+        for e in MODELS.values()
+        for p in e.training
+        for c in ("iemocap", "meld", "mosi", "emorynlp", "own")
+    ],
+)
 def test_every_preset_can_be_built(name, preset, corpus):
-    with torch.device("meta"): MODELS[name].model(MODELS[name].model_config(preset, corpus, dict.fromkeys(modalities(name), 9), LABELS))
-    assert MODELS[name].training_changes(preset, corpus).keys() <= {"epochs", "batch_size", "lr", "schedule", "warmup", "ema", "weight_decay", "class_weights"}
+    with torch.device("meta"):
+        MODELS[name].model(
+            MODELS[name].model_config(preset, corpus, dict.fromkeys(modalities(name), 9), LABELS))
+    assert MODELS[name].training_changes(preset, corpus).keys() <= {
+        "epochs", "batch_size", "lr", "schedule", "warmup", "ema", "weight_decay", "class_weights"}
 
 
 @each_model
@@ -230,7 +279,11 @@ def test_features_of_another_width_are_refused(name):
     model, batch = make(name), collate(conversations([3], 0), LABELS)
     m = next(iter(model.config.widths))
     batch.features = {**batch.features, m: batch.features[m][..., :-1]}
-    with pytest.raises(DataError, match=f"'{m}' features are {WIDTHS[m] - 1} wide, the model was made for {WIDTHS[m]}"): model(batch)
+    with pytest.raises(
+        DataError,
+        match=f"'{m}' features are {WIDTHS[m] - 1} wide, the model was made for {WIDTHS[m]}",
+    ):
+        model(batch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -20,14 +20,20 @@ SUBSETS = [[m for i, m in enumerate(MODALITIES) if bits >> i & 1] for bits in ra
 
 def small_model(seed=0, modalities=MODALITIES, **changes):
     torch.manual_seed(seed)
-    model = Sure(SureConfig({m: WIDTHS[m] for m in modalities}, 3, labels=LABELS, **SMALL | changes)).double().eval()
+    model = (
+        Sure(SureConfig({m: WIDTHS[m] for m in modalities}, 3, labels=LABELS, **SMALL | changes))
+        .double()
+        .eval())
     nn.init.normal_(model.transformer.speaker)
     return model
 
 
 @pytest.fixture(scope="module", params=["whole", "learned", "no moe", "no reasoning"])
 def model(request):
-    return small_model(**{"whole": {}, "learned": dict(routing="learned"), "no moe": dict(moe=False), "no reasoning": dict(reasoning=False)}[request.param])
+    return small_model(
+        **{
+            "whole": {}, "learned": dict(routing="learned"), "no moe": dict(moe=False),
+            "no reasoning": dict(reasoning=False)}[request.param])
 
 
 @settings(max_examples=15, deadline=None)
@@ -38,7 +44,8 @@ def test_attention_stays_in_its_conversation(model, lengths, seed, by):
     for x, y in zip(again.attention.values(), together.attention.values(), strict=True):
         for row, c in enumerate(convs[::-1]):
             n = len(c)
-            torch.testing.assert_close(x[:, row, :n, :n], y[:, len(convs) - 1 - row, :n, :n], atol=1e-10, rtol=0)
+            torch.testing.assert_close(
+                x[:, row, :n, :n], y[:, len(convs) - 1 - row, :n, :n], atol=1e-10, rtol=0)
             assert not x[:, row, n:].any() and not x[:, row, :, n:].any()
 
 
@@ -86,7 +93,9 @@ def test_a_batch_without_labels_leaves_the_terms_of_the_experts(model):
     batch = collate(conversations([3, 2], 0), LABELS)
     batch.labels = torch.full_like(batch.labels, -1)
     loss = model.loss(model(batch), batch)
-    assert list(loss.parts) == ["classification", *(("divergence", "balance") if model.config.moe else ())]
+    assert list(loss.parts) == [
+        "classification",
+        *(("divergence", "balance") if model.config.moe else ())]
     assert loss.parts["classification"].item() == 0 and loss.total.isfinite()
     loss.total.backward()
 
@@ -99,10 +108,14 @@ def test_training_samples_and_evaluation_does_not():
 
 
 def test_class_weights_are_cross_entropy_s():
-    model, batch = small_model(class_weights=[.5, 1., 3.]), collate(conversations([6, 5, 4], 2), LABELS)
+    model, batch = (
+        small_model(class_weights=[0.5, 1.0, 3.0]), collate(conversations([6, 5, 4], 2), LABELS))
     out, labels = model(batch), batch.labels[batch.mask]
-    theirs = nn.functional.cross_entropy(out.logits[batch.mask], labels, torch.tensor([.5, 1., 3.]).double(), ignore_index=-1, reduction="sum")
-    torch.testing.assert_close(model.loss(out, batch).parts["classification"], theirs/(labels >= 0).sum())
+    theirs = nn.functional.cross_entropy(
+        out.logits[batch.mask], labels, torch.tensor([0.5, 1.0, 3.0]).double(), ignore_index=-1,
+        reduction="sum")
+    torch.testing.assert_close(
+        model.loss(out, batch).parts["classification"], theirs / (labels >= 0).sum())
 
 
 def test_extreme_features_stay_finite():
@@ -122,15 +135,26 @@ def test_any_subset_of_modalities(modalities, tmp_path):
     alone.features = {m: batch.features[m] for m in modalities}
     assert torch.equal(model(alone).logits, out.logits)
     model.float().save_pretrained(tmp_path)
-    assert torch.equal(Sure.from_pretrained(tmp_path, labels=LABELS)(batch).logits, model(batch).logits)
+    assert torch.equal(
+        Sure.from_pretrained(tmp_path, labels=LABELS)(batch).logits, model(batch).logits)
 
 
-@pytest.mark.parametrize("problem, settings", [
-    ("no modality 'taste'", dict(widths={"taste": 3})), ("no modality was given", dict(widths={})), ("cannot choose 5 of 4", dict(chosen=5)),
-    ("cannot choose 0 of 4", dict(chosen=0)), ("routing 'lucky'", dict(routing="lucky")), ("3 heads cannot share a width of 8", dict(heads=3)),
-    ("0 steps", dict(steps=0)), ("2 class weights for 3 classes", dict(class_weights=[1., 1.]))])
+@pytest.mark.parametrize(
+    "problem, settings",
+    [
+        ("no modality 'taste'", dict(widths={"taste": 3})),
+        ("no modality was given", dict(widths={})),
+        ("cannot choose 5 of 4", dict(chosen=5)),
+        ("cannot choose 0 of 4", dict(chosen=0)),
+        ("routing 'lucky'", dict(routing="lucky")),
+        ("3 heads cannot share a width of 8", dict(heads=3)),
+        ("0 steps", dict(steps=0)),
+        ("2 class weights for 3 classes", dict(class_weights=[1.0, 1.0])),
+    ],
+)
 def test_settings_that_cannot_be(problem, settings):
-    with pytest.raises(DataError, match=problem): SureConfig(**dict(widths=WIDTHS, classes=3, **SMALL) | settings)
+    with pytest.raises(DataError, match=problem):
+        SureConfig(**dict(widths=WIDTHS, classes=3, **SMALL) | settings)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -138,14 +162,23 @@ def test_intra_modal_encoder_is_pytorch_s(heads):
     torch.manual_seed(heads)
     gate = TransformerGate(1, 8, heads).double().eval()
     theirs = nn.TransformerEncoderLayer(8, heads, 8, dropout=0., batch_first=True).double().eval()
-    state = {"self_attn.in_proj_weight": gate.qkv_weight[0].T, "self_attn.in_proj_bias": gate.qkv_bias[0, 0]}
+    state = {
+        "self_attn.in_proj_weight": gate.qkv_weight[0].T,
+        "self_attn.in_proj_bias": gate.qkv_bias[0, 0]}
     for name, ours in (("self_attn.out_proj", "out"), ("linear1", "inner"), ("linear2", "outer")):
-        state |= {f"{name}.weight": getattr(gate, f"{ours}_weight")[0].T, f"{name}.bias": getattr(gate, f"{ours}_bias")[0, 0]}
-    for i in range(2): state |= {f"norm{i + 1}.weight": gate.norm_weight[i, 0, 0], f"norm{i + 1}.bias": gate.norm_bias[i, 0, 0]}
+        state |= {
+            f"{name}.weight": getattr(gate, f"{ours}_weight")[0].T,
+            f"{name}.bias": getattr(gate, f"{ours}_bias")[0, 0]}
+    for i in range(2):
+        state |= {
+            f"norm{i + 1}.weight": gate.norm_weight[i, 0, 0],
+            f"norm{i + 1}.bias": gate.norm_bias[i, 0, 0]}
     theirs.load_state_dict(state)
     nn.init.zeros_(gate.gate_weight); nn.init.zeros_(gate.fuse_bias)
-    gate.fuse_weight.data = 2*torch.eye(8, dtype=torch.float64)[None]              # sigmoid(0) = 1/2, twice
-    layout, x = Layout(torch.tensor([[True]*5, [True]*2 + [False]*3])), torch.randn(1, 7, 8, dtype=torch.float64)
+    gate.fuse_weight.data = 2*torch.eye(8, dtype=torch.float64)[None]  # sigmoid(0) = 1/2, twice
+    layout, x = (
+        Layout(torch.tensor([[True] * 5, [True] * 2 + [False] * 3])),
+        torch.randn(1, 7, 8, dtype=torch.float64))
     placed = layout.padded(x[0] + positions(layout.position, 8))
     expected = layout.flat(theirs(placed, src_key_padding_mask=~layout.mask))
     ours = gate(x, layout.mask[None], torch.zeros(7, dtype=torch.int64), layout)[0]
@@ -154,7 +187,9 @@ def test_intra_modal_encoder_is_pytorch_s(heads):
 
 def test_every_encoder_asks_in_one_modality_and_is_answered_by_another():
     torch.manual_seed(0)
-    gate, layout = TransformerGate(3, 8, 2).double(), Layout(torch.tensor([[True]*5, [True]*2 + [False]*3]))
+    gate, layout = (
+        TransformerGate(3, 8, 2).double(),
+        Layout(torch.tensor([[True] * 5, [True] * 2 + [False] * 3])))
     seen, x = layout.mask & (torch.rand(3, 2, 5) < .8), torch.randn(3, 7, 8, dtype=torch.float64)
     seen[:, :, 0] = True
     heard = gate.attend(x, seen, layout)
@@ -162,7 +197,9 @@ def test_every_encoder_asks_in_one_modality_and_is_answered_by_another():
         for n in range(3):
             theirs = nn.MultiheadAttention(8, 2, batch_first=True).double()
             weight, bias = gate.qkv_weight.view(3, 8, 3, 3, 8), gate.qkv_bias.view(3, 3, 3, 8)
-            theirs.in_proj_weight.data = torch.cat([weight[m, :, 0, n].T, weight[n, :, 1, m].T, weight[n, :, 2, m].T]).data
+            theirs.in_proj_weight.data = torch.cat(
+                [weight[m, :, 0, n].T, weight[n, :, 1, m].T, weight[n, :, 2, m].T]
+            ).data
             theirs.in_proj_bias.data = torch.cat([bias[m, 0, n], bias[n, 1, m], bias[n, 2, m]]).data
             nn.init.eye_(theirs.out_proj.weight)
             q, kv = layout.padded(x[m]), layout.padded(x[n])

@@ -1,4 +1,5 @@
-"Stage 1 as a user meets it: tuned and embedded by two processes, killed in the middle, carried on; with a tiny random encoder."
+"""Stage 1 as a user meets it: tuned and embedded by two processes, killed in the middle, carried
+on; with a tiny random encoder."""
 import json
 import os
 import signal
@@ -31,40 +32,62 @@ def encoder(tmp_path_factory):
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(folder)
+    words.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]").save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32), add_pooling_layer=False).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32),
+        add_pooling_layer=False,
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    "A corpus of one's own in which single words tell the label; one utterance has no words, one no label."
+    """A corpus of one's own in which single words tell the label; one utterance has no words,
+    one no label."""
     rng, rows = np.random.default_rng(0), []
     for split, n in (("train", 10), ("validation", 4), ("test", 4)):
         for i in range(n):
             for j in range(rng.integers(3, 8)):
                 label = ["joy", "anger"][int(rng.integers(2))]
-                told = rng.choice(["good", "lovely", "fine"] if label == "joy" else ["bad", "awful"])
-                rows.append(dict(conversation=f"{split}{i}", speaker="AB"[j % 2], text=" ".join([*rng.choice(WORDS[5:], 3), told]), label=label, split=split))
+                told = rng.choice(
+                    ["good", "lovely", "fine"] if label == "joy" else ["bad", "awful"])
+                rows.append(
+                    dict(
+                        conversation=f"{split}{i}", speaker="AB"[j % 2],
+                        text=" ".join([*rng.choice(WORDS[5:], 3), told]), label=label, split=split))
     rows[1]["text"], rows[2]["label"] = "", ""
     path = tmp_path_factory.mktemp("own")/"talk.csv"
     pd.DataFrame(rows).to_csv(path, index=False)
     return path
 
 
-SMALL = ["--preset", "cpu", "--set", "width=8", "--set", "frozen_layers=0", "--set", "epochs=12", "--set", "batch_size=8", "--set", "lr=3e-3", "--device", "cpu"]
+SMALL = [
+    "--preset", "cpu", "--set", "width=8", "--set", "frozen_layers=0", "--set", "epochs=12",
+    "--set", "batch_size=8", "--set", "lr=3e-3", "--device", "cpu"]
 
 
-def tuning(encoder, table, out, *more): return ["--encoder", str(encoder), "--corpus", str(table), "--seeds", "1", "--folds", "2", *SMALL, "--out", str(out), *more]
+def tuning(encoder, table, out, *more):
+    return [
+        "--encoder", str(encoder), "--corpus", str(table), "--seeds", "1", "--folds", "2", *SMALL,
+        "--out", str(out), *more]
 
 
 def processes(count, call, tmp_path):
     script = tmp_path/"script.py"
     script.write_text(f"import sys; from erc_moe import cli; sys.exit({call})")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
-    done = subprocess.run(launch if count > 1 else [sys.executable, str(script)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400)
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    done = subprocess.run(
+        launch if count > 1 else [sys.executable, str(script)], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -78,18 +101,29 @@ def tuned(encoder, table, tmp_path_factory):
 
 def test_it_learns_and_writes_its_card(tuned):
     assert tuned.summary["test"]["weighted_f1"]["mean"] > 0.7, "single words tell the label"
-    assert tuned.summary["trained"] < tuned.summary["parameters"] or tuned.summary["config"]["model"]["adaptation"] == "full"
-    for place in (tuned.folder, tuned.folder/"seed-0"/"model"): assert "## Limits" in (place/"README.md").read_text()
-    assert str(tuned.folder.parent.parent) not in (tuned.folder/"summary.json").read_text().replace(tuned.summary["command"], "").replace(json.dumps(tuned.summary["command"])[1:-1], "")
+    assert (
+        tuned.summary["trained"] < tuned.summary["parameters"]
+        or tuned.summary["config"]["model"]["adaptation"] == "full")
+    for place in (tuned.folder, tuned.folder/"seed-0"/"model"):
+        assert "## Limits" in (place/"README.md").read_text()
+    assert str(tuned.folder.parent.parent) not in (
+        tuned.folder / "summary.json"
+    ).read_text().replace(tuned.summary["command"], "").replace(
+        json.dumps(tuned.summary["command"])[1:-1], "")
 
 
 def test_two_processes_tune_and_embed(encoder, table, tmp_path):
-    out = processes(2, f"cli.tune({tuning(encoder, table, tmp_path/'run')!r}) or cli.embed({[str(tmp_path/'run'), '--corpus', str(table), '--out', str(tmp_path/'store'), '--device', 'cpu']!r})", tmp_path)
+    out = processes(
+        2,
+        f"cli.tune({tuning(encoder, table, tmp_path / 'run')!r}) or "
+        f"cli.embed({[str(tmp_path / 'run'), '--corpus', str(table), '--out', str(tmp_path / 'store'), '--device', 'cpu']!r})",
+        tmp_path)
     assert out.count("text encoder on talk") == 1, "one process reports"
     corpus, store = load_corpus(table), FeatureStore(tmp_path/"store")
     ids = [u.id for c in corpus.conversations for u in c.utterances]
     rows = [i for s in store.shards for i in s["ids"]]
-    assert len(rows) == len(set(rows)) == len(ids) - 1 and not store.missing(ids), "none lost, none doubled"
+    assert len(rows) == len(set(rows)) == len(ids) - 1 and not store.missing(ids), (
+        "none lost, none doubled")
     assert list(store.absent.values()) == ["nothing to be read"]
     alone = embed(TunedRun(tmp_path/"run"), corpus, tmp_path/"alone", device="cpu")
     there = [i for i in ids if i not in store.absent]
@@ -98,7 +132,13 @@ def test_two_processes_tune_and_embed(encoder, table, tmp_path):
 
 def test_a_killed_tuning_carries_on(encoder, table, tmp_path):
     args = tuning(encoder, table, tmp_path/"run", "--set", "epochs=30", "--checkpoint-seconds", "0")
-    process = subprocess.Popen([sys.executable, "-c", f"import sys; from erc_moe import cli; sys.exit(cli.tune({args!r}))"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            f"import sys; from erc_moe import cli; sys.exit(cli.tune({args!r}))"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True)
     log, deadline = tmp_path/"run"/"seed-0"/"log.jsonl", time.monotonic() + 240
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
@@ -112,33 +152,51 @@ def test_a_killed_tuning_carries_on(encoder, table, tmp_path):
 
 def test_the_store_trains_a_conversation_model(tuned, table, tmp_path):
     embed(tuned, load_corpus(table), tmp_path/"store", device="cpu")
-    run = train("mister_e", str(table), text=str(tmp_path/"store"), seeds=1, out=tmp_path/"run", changes=dict(epochs=20, hidden=8, lr=2e-2), device="cpu", progress=False)
+    run = train(
+        "mister_e", str(table), text=str(tmp_path / "store"), seeds=1, out=tmp_path / "run",
+        changes=dict(epochs=20, hidden=8, lr=2e-2), device="cpu", progress=False)
     assert run.summary["test"]["weighted_f1"]["mean"] > 0.7
 
 
 def test_training_labels_do_not_reach_their_own_embedding(encoder, table, tmp_path):
-    "With the labels of one conversation exchanged its embeddings lie to each other as before (up to the rotation): its fold's encoder never sees them."
+    """With the labels of one conversation exchanged its embeddings lie to each other as before
+    (up to the rotation): its fold's encoder never sees them."""
     corpus = load_corpus(table)
-    run = lambda c, out: tune("text", str(encoder), c, seeds=1, folds=2, out=tmp_path/out, device="cpu", progress=False,
-                              changes=dict(width=8, frozen_layers=0, epochs=1, batch_size=8, lr=3e-3))
+    run = lambda c, out: tune(
+        "text", str(encoder), c, seeds=1, folds=2, out=tmp_path / out, device="cpu", progress=False,
+        changes=dict(width=8, frozen_layers=0, epochs=1, batch_size=8, lr=3e-3))
     target = corpus.splits["train"][0]
-    flipped = corpus.map(lambda c: c if c.id != target.id else replace(c, utterances=[replace(u, label={"joy": "anger", "anger": "joy", None: None}[u.label]) for u in c.utterances]))
-    stores = [embed(run(c, f"run{i}"), c, tmp_path/f"store{i}", device="cpu") for i, c in enumerate((corpus, flipped))]
+    flipped = corpus.map(lambda c: (
+        c
+        if c.id != target.id
+        else replace(
+            c,
+            utterances=[
+                replace(u, label={"joy": "anger", "anger": "joy", None: None}[u.label])
+                for u in c.utterances])))
+    stores = [
+        embed(run(c, f"run{i}"), c, tmp_path / f"store{i}", device="cpu")
+        for i, c in enumerate((corpus, flipped))]
     def distances(store, c):
         rows = store.lookup([u.id for u in c.utterances if u.text])[0]
         return np.linalg.norm(rows[:, None] - rows[None], axis=-1)
-    np.testing.assert_allclose(distances(stores[0], target), distances(stores[1], target), atol=1e-4)
+    np.testing.assert_allclose(
+        distances(stores[0], target), distances(stores[1], target), atol=1e-4)
     held = corpus.splits["test"][0]
-    assert np.abs(distances(stores[0], held) - distances(stores[1], held)).max() > 1e-3, "the encoder tuned on all of train sees them"
+    assert np.abs(distances(stores[0], held) - distances(stores[1], held)).max() > 1e-3, (
+        "the encoder tuned on all of train sees them")
 
 
 def test_the_mean_of_the_folds_embeds_what_is_not_in_train(tuned, table, tmp_path):
     corpus, held = load_corpus(table), load_corpus(table).splits["test"][0]
-    whole, mean = (embed(tuned, corpus, tmp_path/others, others=others, device="cpu") for others in ("whole", "mean"))
+    whole, mean = (
+        embed(tuned, corpus, tmp_path / others, others=others, device="cpu")
+        for others in ("whole", "mean"))
     rows = lambda store, c: store.lookup([u.id for u in c.utterances if u.text])[0]
     by = lambda k, cs: (e := tuned.encoder(fold=k)).embed(e.dataset(cs, corpus.labels))
     anchor = by(None, corpus.splits["validation"])
-    expected = np.mean([align(by(k, corpus.splits["validation"]), anchor)(by(k, [held])) for k in (0, 1)], axis=0)
+    expected = np.mean(
+        [align(by(k, corpus.splits["validation"]), anchor)(by(k, [held])) for k in (0, 1)], axis=0)
     np.testing.assert_allclose(rows(mean, held), expected, atol=1e-4)
     np.testing.assert_allclose(rows(whole, held), by(None, [held]), atol=1e-5)
     train = corpus.splits["train"][3]
@@ -148,7 +206,9 @@ def test_the_mean_of_the_folds_embeds_what_is_not_in_train(tuned, table, tmp_pat
 def test_an_embedding_that_was_stopped_carries_on(tuned, table, tmp_path):
     corpus = load_corpus(table)
     whole = embed(tuned, corpus, tmp_path/"whole", device="cpu")
-    stopped, kept = FeatureStore(tmp_path/"stopped", whole.extractor), [u.id for u in corpus.splits["train"][3].utterances]
+    stopped, kept = (
+        FeatureStore(tmp_path / "stopped", whole.extractor),
+        [u.id for u in corpus.splits["train"][3].utterances])
     stopped.add(kept, whole.lookup(kept)[0] + 1)
     again = embed(tuned, corpus, tmp_path/"stopped", device="cpu")
     assert again.shards[0] == stopped.shards[0] and not again.missing(whole.ids)
@@ -158,20 +218,38 @@ def test_an_embedding_that_was_stopped_carries_on(tuned, table, tmp_path):
 def test_part_of_the_corpus_is_not_embedded_with_folds(tuned, table, tmp_path):
     part = load_corpus(table)
     part = replace(part, splits=part.splits | {"train": part.splits["train"][:3]})
-    with pytest.raises(DataError, match="is not the corpus that the encoders were cross-fitted on"): embed(tuned, part, tmp_path/"store")
+    with pytest.raises(DataError, match="is not the corpus that the encoders were cross-fitted on"):
+        embed(tuned, part, tmp_path/"store")
 
 
 def test_conversations_of_ones_own_are_embedded_and_predicted(tuned, table, tmp_path, capsys):
     embed(tuned, load_corpus(table), tmp_path/"store", device="cpu")
-    assert cli.train(["--corpus", str(table), "--text", str(tmp_path/"store"), "--seeds", "1", "--set", "epochs=20", "--set", "hidden=8", "--set", "lr=2e-2", "--device", "cpu", "--out", str(tmp_path/"run")]) == 0
-    (tmp_path/"lunch.csv").write_text("conversation,speaker,text\nlunch,Ana,it was lovely\nlunch,Ben,the day was awful\n")
+    assert (
+        cli.train(
+            [
+                "--corpus", str(table), "--text", str(tmp_path / "store"), "--seeds", "1", "--set",
+                "epochs=20", "--set", "hidden=8", "--set", "lr=2e-2", "--device", "cpu", "--out",
+                str(tmp_path / "run")])
+        == 0)
+    (tmp_path / "lunch.csv").write_text(
+        "conversation,speaker,text\nlunch,Ana,it was lovely\nlunch,Ben,the day was awful\n")
     predict = [str(tmp_path/"run"), str(tmp_path/"lunch.csv")]
     assert cli.predict(predict) == 1
     assert "erc_moe_embed" in capsys.readouterr().err
-    assert cli.embed([str(tuned.folder), "--corpus", str(tmp_path/"lunch.csv"), "--out", str(tmp_path/"lunch"), "--device", "cpu"]) == 0
-    assert cli.predict([*predict, "--text", str(tmp_path/"lunch"), "--out", str(tmp_path/"said.csv")]) == 0
+    assert (
+        cli.embed(
+            [
+                str(tuned.folder), "--corpus", str(tmp_path / "lunch.csv"), "--out",
+                str(tmp_path / "lunch"), "--device", "cpu"])
+        == 0)
+    assert (
+        cli.predict(
+            [*predict, "--text", str(tmp_path / "lunch"), "--out", str(tmp_path / "said.csv")])
+        == 0)
     assert pd.read_csv(tmp_path/"said.csv").predicted.tolist() == ["joy", "anger"]
-    other = FeatureStore(tmp_path/"other", replace(tuned_extractor := FeatureStore(tmp_path/"lunch").extractor, revision="another"))
+    other = FeatureStore(
+        tmp_path / "other",
+        replace(tuned_extractor := FeatureStore(tmp_path / "lunch").extractor, revision="another"))
     other.add(["lunch_0", "lunch_1"], np.zeros((2, tuned_extractor.width)))
     assert cli.predict([*predict, "--text", str(tmp_path/"other")]) == 1
     assert "is not what the model was trained with" in capsys.readouterr().err

