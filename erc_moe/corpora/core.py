@@ -8,7 +8,6 @@ __all__ = ['PROSODY8', 'SPLITS', 'group_rows', 'FeatureTable', 'read_features', 
 
 # %% ../../nbs/801_corpora.ipynb #08756707
 import hashlib
-import html
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Callable
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from ..conversations import Conversation, DataError, Utterance, emotion_color, label_indices
@@ -214,11 +214,10 @@ class Corpus:
         return f"Corpus({self.name!r}, conversations: {sizes}; labels: {', '.join(self.labels)})"
 
     def _repr_html_(self):
-        faults = "".join(f"<li>{html.escape(f)}</li>" for f in self.faults)
-        return (
-            f"<b>{html.escape(self.name)}</b> "
-            f"{html.escape(self.protocol_note)}{self.statistics().to_html(border=0)}"
-            + (f"<p>Told while reading:</p><ul>{faults}</ul>" if faults else ""))
+        faults = Markup("").join(Markup("<li>{}</li>").format(f) for f in self.faults)
+        told = Markup("<p>Notes on the data:</p><ul>{}</ul>").format(faults) if faults else ""
+        return Markup("<b>{}</b> {}{}{}").format(
+            self.name, self.protocol_note, Markup(self.statistics().to_html(border=0)), told)
 
 # %% ../../nbs/801_corpora.ipynb #77c13c8c
 def build_corpus(

@@ -19,7 +19,7 @@ from ..features import atomic_write
 from .cards import model_card
 from .loop import (
     SELECTION, TrainingConfig, dataset, epoch_seed, fit, load_trained, score)
-from .predictions import Predictions
+from .predictions import Predictions, read_csv, write_csv
 from .results import figures, gather_seeds, interval, provenance, write_json
 
 # %% ../../nbs/822_run_folders.ipynb #974f5b62
@@ -99,8 +99,8 @@ def train_seed(
         scored = dict(epoch=fitted.best[split].epoch, **{s: figures(p) for s, p in chosen.items()})
         suffix = "" if split == SELECTION[protocol] else "-strict"
         model.save_pretrained(folder/f"model{suffix}")
-        pd.concat([p.table().round(4).assign(split=s) for s, p in chosen.items()]).to_csv(
-            folder / f"predictions{suffix}.csv", index=False)
+        tables = [p.table().round(4).assign(split=s) for s, p in chosen.items()]
+        write_csv(pd.concat(tables), folder/f"predictions{suffix}.csv")
         result |= {"strict": scored} if suffix else scored
     write_json(folder/"result.json", result)
     (folder/"checkpoint.pt").unlink(missing_ok=True)
@@ -113,7 +113,8 @@ def read_predictions(
     name: str = "predictions",
 ) -> pd.DataFrame:
     "The predictions that the training saved."
-    table = pd.read_csv(folder/f"{name}.csv", keep_default_na=False)
+    table = read_csv(folder/f"{name}.csv")
+    if "label" not in table: table["label"] = ""
     return table[table["split"] == split]
 
 # %% ../../nbs/822_run_folders.ipynb #11a2f6b6

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from markupsafe import Markup
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus, FeatureTable
@@ -50,10 +51,9 @@ class Run:
 
     def _repr_html_(self):
         s = self.summary
-        return (
-            f"<b>{s['model']}</b> on <b>{s['corpus']}</b>, preset {s['preset']}, "
-            f"{s['selection']}, seeds "
-            f"{', '.join(map(str, self.seeds))}{result_table(s).to_html(border=0)}")
+        return Markup("<b>{}</b> on <b>{}</b>, preset {}, {}, seeds {}{}").format(
+            s["model"], s["corpus"], s["preset"], s["selection"], ", ".join(map(str, self.seeds)),
+            Markup(result_table(s).to_html(border=0)))
 
     @cached_property
     def pipeline(self) -> FeaturePipeline:

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np
 from accelerate import PartialState
+from markupsafe import Markup
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus
@@ -69,10 +70,10 @@ class TunedRun:
             f"{self.summary['encoder']} on {self.summary['corpus']}, seeds "
             f"{', '.join(map(str, self.seeds))})")
     def _repr_html_(self):
-        return (
-            f"<b>{self.modality} encoder {self.summary['encoder']}</b> on "
-            f"<b>{self.summary['corpus']}</b>, "
-            f"{self.summary['selection']}{result_table(self.summary).to_html(border=0)}")
+        s = self.summary
+        return Markup("<b>{} encoder {}</b> on <b>{}</b>, {}{}").format(
+            self.modality, s["encoder"], s["corpus"], s["selection"],
+            Markup(result_table(s).to_html(border=0)))
 
     def encoder_folder(self, seed: int|None = None, fold: int|None = None) -> Path:
         "Where the encoder of a seed lies (None: the first), or that of one of its folds."
