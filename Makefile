@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test baselines tuned reproduce notebooks bench wheel clean
+.PHONY: help setup demo test test-browser baselines tuned reproduce notebooks bench wheel clean
 
 help:            ## what can be made
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
 
 .venv/.ready: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ test: export OMP_NUM_THREADS = 1
 test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
+
+test-browser: setup  ## pages and demo in a real browser (Debian's chromium); BROWSER_SHOTS=FOLDER keeps pictures
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/pytest -q -m browser tests/test_browser.py
 
 baselines: setup ## what single utterances tell without any context; renews results/baselines-*.json (ERC_MOE_DATA names the corpora's folder)
 	$(BIN)/python tools/baselines.py sample --speech egemaps

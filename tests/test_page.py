@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from erc_moe import page as pages
+from erc_moe import page as pages, page_sound
 from erc_moe.conversations import Conversation, Utterance
 from erc_moe.corpora import load_corpus
 from erc_moe.features.speech import read_audio
@@ -174,10 +174,10 @@ def test_the_sound_is_the_clips():
 @pytest.mark.parametrize("there", [True, False], ids=["PyAV", "libsndfile"])
 def test_both_encoders_keep_the_places(monkeypatch, there):
     if there: pytest.importorskip("av")
-    else: monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    else: monkeypatch.setattr(page_sound, "find_spec", lambda name: None)
     conv = load_corpus("sample").splits["test"][0]
-    sound = pages.clip_sound(conv)
-    packed, whole = pages.opus(sound), np.concatenate(list(sound.pieces()))
+    sound = page_sound.clip_sound(conv)
+    packed, whole = page_sound.opus(sound), np.concatenate(list(sound.pieces()))
     again, rate = soundfile.read(io.BytesIO(packed), dtype="float32")
     assert (len(again), rate) == (len(whole), sound.rate)
     assert np.corrcoef(again, whole)[0, 1] > .9
@@ -217,3 +217,69 @@ def test_odd_conversations():
                  Conversation("c", [Utterance(str(i), f"s{i}", "x") for i in range(60)])):
         page = Reader(predictions([conv]).to_html())
         assert not page.open and page.tags.count("li") == len(conv)
+
+
+def spreadsheet_texts():
+    mark = st.sampled_from([*"=+-@\t\r\n'", "＝", "－", ",", '"', ";", "NA", "null", "True", "1e5", "-5", "+3.5", "007", ""])
+    return st.one_of(st.lists(mark, max_size=4).map("".join), st.tuples(mark, st.text(max_size=6)).map("".join)).filter(
+        lambda t: "\x00" not in t and not any("\ud800" <= c <= "\udfff" for c in t))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(spreadsheet_texts(), min_size=5, max_size=5))
+def test_a_table_comes_back_as_it_was_and_holds_no_formula(tmp_path, words):
+    "No cell begins as a formula; every text is text again; numbers stay numbers."
+    import csv
+    from erc_moe.training.predictions import read_csv
+    labels = ["neutral", words[3] if words[3] not in ("", "neutral") else "joy"]
+    said = predictions([Conversation(words[0], [Utterance(words[1], words[2], words[4], labels[1])])], labels, ("text",))
+    path = said.write(tmp_path / "table.csv")
+    back = read_csv(path).iloc[0]
+    assert [back[c] for c in ("conversation", "utterance", "speaker", "text", "label", "predicted")] == [
+        words[0], words[1], words[2], words[4], labels[1], said.predicted[0]]
+    assert back[f"p_{labels[0]}"] == round(said.probabilities[0, 0], 4)
+    with open(path, encoding="utf-8", newline="") as f:
+        for row in csv.reader(f):
+            for cell in row:
+                number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell)
+                assert number or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")), cell
+
+
+def test_a_table_never_replaces_what_was_read(tmp_path):
+    from erc_moe.conversations import DataError
+    said = predictions([chat("Hi.")])
+    (tmp_path / "in.csv").write_text("conversation,speaker,text\n")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "in.csv")
+    for name in ("in.csv", "link.csv", "../" + tmp_path.name + "/in.csv"):
+        for write in (said.write, said.to_html):
+            with pytest.raises(DataError, match="is what was read"): write(tmp_path / name, inputs=[tmp_path / "in.csv"])
+    assert (tmp_path / "in.csv").read_text() == "conversation,speaker,text\n"
+
+
+def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch):
+    import os
+    said = predictions([chat("Hi.")])
+    paths = [said.write(tmp_path / "t.csv"), said.write(tmp_path / "t.jsonl"), said.to_html(tmp_path / "t.html")]
+    before = [p.read_bytes() for p in paths]
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    other = predictions([chat("Other words.")], seed=1)
+    for path, write in zip(paths, (other.write, other.write, other.to_html)):
+        with pytest.raises(OSError): write(path)
+    assert [p.read_bytes() for p in paths] == before and len(list(tmp_path.iterdir())) == 3
+
+
+def test_labels_that_are_numbers_stay_text(tmp_path):
+    "A run whose labels are 0 and 1: the interval holds the score, and the report is written."
+    from erc_moe.corpora.own import load_own
+    from erc_moe.report import write_report
+    from erc_moe.training import train
+    rows = ["conversation,order,speaker,text,label"]
+    rows += [f"c{c},{i},{'AB'[i % 2]},{'yes good' if (c + i) % 2 else 'no bad'} {c} {i},{(c + i) % 2}" for c in range(12) for i in range(6)]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    run = train("mister_e", load_own(tmp_path / "t.csv"), text="minilm", seeds=1, changes=dict(epochs=4), progress=False)
+    f1 = run.summary["test"]["weighted_f1"]
+    assert f1["interval"]["low"] <= f1["mean"] <= f1["interval"]["high"]
+    assert f1["interval"]["high"] > 0
+    assert set(run.predictions().label) <= {"0", "1"}
+    assert write_report(run).stat().st_size > 10_000

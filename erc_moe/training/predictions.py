@@ -50,7 +50,7 @@ def write_csv(
     safe = safe.assign(**{c: [defuse(str(x)) for x in safe[c]] for c in text})
     safe.columns = [defuse(c) for c in table]
     out = io.StringIO(newline="")
-    safe.to_csv(out, index=False, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
+    safe.to_csv(out, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     atomic_write(path, out.getvalue().encode())
 
 # %% ../../nbs/820_predictions.ipynb #31a8b74d
