@@ -1,11 +1,13 @@
 """Tests that need more than the package are left out unless they are asked for by their mark."""
+
 import pytest
 
 MARKS = {"browser": "needs Debian's chromium and Playwright: make test-browser"}
 
 
 def pytest_configure(config):
-    for name, why in MARKS.items(): config.addinivalue_line("markers", f"{name}: {why}")
+    for name, why in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {why}")
 
 
 def pytest_collection_modifyitems(config, items):

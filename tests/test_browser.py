@@ -1,7 +1,8 @@
-"""Pages and demo in a real browser: `make test-browser` (Debian's chromium, driven by Playwright; not a part of `make test`).
+"""Pages and demo in a real browser (Debian's chromium, driven by Playwright): `make test-browser`.
 
 Screenshots go to the folder that BROWSER_SHOTS names, if it names one: look at them.
 """
+
 import os
 import shutil
 import threading
@@ -22,9 +23,13 @@ SIZES = {"phone": (390, 844), "desktop": (1400, 900)}
 
 def predictions(conversations, labels, experts=("text", "speech", "multimodal"), seed=0):
     rng, M = np.random.default_rng(seed), sum(map(len, conversations))
-    said = {e: rng.dirichlet(.5*np.ones(len(labels)), M) for e in experts}
+    said = {e: rng.dirichlet(0.5 * np.ones(len(labels)), M) for e in experts}
     gate = rng.dirichlet([4, 2, 5], M) if experts else None
-    mixture = sum(g[:, None]*p for g, p in zip(gate.T, said.values())) if experts else rng.dirichlet(.5*np.ones(len(labels)), M)
+    mixture = (
+        sum(g[:, None] * p for g, p in zip(gate.T, said.values()))
+        if experts
+        else rng.dirichlet(0.5 * np.ones(len(labels)), M)
+    )
     return Predictions(list(conversations), list(labels), mixture, said, gate)
 
 
@@ -36,13 +41,27 @@ def unlabelled(conv, **more):
 def pages(tmp_path_factory):
     "One page of each kind: labelled clips, a chat, three hours, sound beside the page."
     from erc_moe import page
+
     folder, corpus = tmp_path_factory.mktemp("pages"), load_corpus("sample")
     scene, other = corpus.splits["test"][:2]
     predictions([scene], corpus.labels).to_html(folder / "scene.html")
     predictions([scene, other], corpus.labels).to_html(folder / "two.html")
-    predictions([unlabelled(other, audio=None)], corpus.labels, experts=()).to_html(folder / "chat.html")
+    predictions([unlabelled(other, audio=None)], corpus.labels, experts=()).to_html(
+        folder / "chat.html"
+    )
     words = [u for c in corpus.conversations for u in c.utterances]
-    turns = [Utterance(f"u{i}", f"Speaker {i % 3}", words[i % len(words)].text, None, None, 5.4*i, 5.4*i + 5) for i in range(2000)]
+    turns = [
+        Utterance(
+            f"u{i}",
+            f"Speaker {i % 3}",
+            words[i % len(words)].text,
+            None,
+            None,
+            5.4 * i,
+            5.4 * i + 5,
+        )
+        for i in range(2000)
+    ]
     predictions([Conversation("Three hours", turns)], corpus.labels).to_html(folder / "long.html")
     embedded, page.EMBEDDED = page.EMBEDDED, 0
     predictions([scene], corpus.labels).to_html(folder / "a talk #1.html")
@@ -53,7 +72,9 @@ def pages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    )
     assert chromium, "install Debian's chromium, or name a browser in CHROMIUM"
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -63,15 +84,22 @@ def browser():
 
 @pytest.fixture
 def tab(browser, request):
-    "Opens a page in a window; at the end there was no word on the console, no error and no request to elsewhere."
+    "Opens a page; at the end there was no word on the console and no request to elsewhere."
     told, opened = [], []
 
-    def open_page(url, size="desktop", theme="light", allowed=("file:", "data:", "blob:", "about:")):
+    def open_page(
+        url, size="desktop", theme="light", allowed=("file:", "data:", "blob:", "about:")
+    ):
         width, height = SIZES[size]
-        tab = browser.new_page(viewport=dict(width=width, height=height), color_scheme=theme, has_touch=size == "phone")
+        tab = browser.new_page(
+            viewport=dict(width=width, height=height), color_scheme=theme, has_touch=size == "phone"
+        )
         tab.on("console", lambda m: told.append(m.text) if m.type in ("error", "warning") else None)
         tab.on("pageerror", lambda e: told.append(str(e)))
-        tab.on("request", lambda r: None if r.url.startswith(allowed) else told.append(f"asks for {r.url}"))
+        tab.on(
+            "request",
+            lambda r: None if r.url.startswith(allowed) else told.append(f"asks for {r.url}"),
+        )
         tab.goto(url)
         opened.append(tab)
         return tab
@@ -88,17 +116,21 @@ def tab(browser, request):
 
 def until(tab, true, seconds=10):
     "Waits for a condition. (Playwright's own waiting needs eval, which the pages' policy forbids.)"
-    for _ in range(10*seconds):
-        if tab.evaluate(true): return
+    for _ in range(10 * seconds):
+        if tab.evaluate(true):
+            return
         tab.wait_for_timeout(100)
     raise AssertionError(f"never true: {true}")
 
 
 def plays(tab):
     "Waits until the sound advances; where it was first."
-    until(tab, "document.querySelector('audio').currentTime > 0 && !document.querySelector('audio').paused")
+    until(
+        tab,
+        "(a => a.currentTime > 0 && !a.paused)(document.querySelector('audio'))",
+    )
     begun = tab.evaluate("document.querySelector('audio').currentTime")
-    until(tab, f"document.querySelector('audio').currentTime > {begun + .3}")
+    until(tab, f"document.querySelector('audio').currentTime > {begun + 0.3}")
     return begun
 
 
@@ -107,13 +139,21 @@ def plays(tab):
 @pytest.mark.parametrize("name", ["scene", "two", "chat", "long"])
 def test_fits_and_is_readable(pages, tab, name, size, theme):
     page = tab((pages / f"{name}.html").as_uri(), size, theme)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
-    assert page.evaluate("""[...document.querySelectorAll('.words, .pill, .who, .when, .sure, h1')].slice(0, 60).every(e => {
-        const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(v => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        "it scrolls sideways"
+    )
+    assert page.evaluate("""[...document.querySelectorAll('.words, .pill, .who, .when, .sure, h1')]
+        .slice(0, 60).every(e => {
+        const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+        const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v / 255));
         const light = c => { const [r, g, b] = rgb(c); return .2126 * r + .7152 * g + .0722 * b; };
-        let ground = e; while (ground && /rgba\\(0, 0, 0, 0\\)|transparent/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-        const a = light(getComputedStyle(e).color), b = light(getComputedStyle(ground).backgroundColor);
-        return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) >= 4.5; })"""), "words stand out too little"
+        const fill = e => getComputedStyle(e).backgroundColor;
+        let ground = e;
+        while (/rgba\\(0, 0, 0, 0\\)|transparent/.test(fill(ground))) ground = ground.parentElement;
+        const a = light(getComputedStyle(e).color), b = light(fill(ground));
+        return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) >= 4.5; })"""), (
+        "words stand out too little"
+    )
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(246, 244, 240)"
     assert dark == (theme == "dark")
 
@@ -128,14 +168,21 @@ def test_a_turn_is_heard(pages, tab, size):
     assert turn.get_attribute("aria-current") == "true"
     assert "Turn 4" in page.locator(".detail").inner_text()
     until(page, "document.querySelector('audio').paused", 10)
-    assert abs(page.evaluate("document.querySelector('audio').currentTime") - span[1]) < .3, "it ends where the turn ends"
+    assert abs(page.evaluate("document.querySelector('audio').currentTime") - span[1]) < 0.3, (
+        "it ends where the turn ends"
+    )
 
 
 def test_the_whole_is_heard_and_followed(pages, tab):
     page = tab((pages / "scene.html").as_uri())
     page.get_by_role("button", name="Play", exact=True).click()
     plays(page)
-    until(page, "document.querySelectorAll('.turn.chosen').length == 1 && !document.querySelectorAll('.turn')[0].classList.contains('chosen')", 15)
+    until(
+        page,
+        "document.querySelectorAll('.turn.chosen').length == 1 && "
+        "!document.querySelectorAll('.turn')[0].classList.contains('chosen')",
+        15,
+    )
     page.get_by_role("button", name="Pause").click()
     assert page.evaluate("document.querySelector('audio').paused")
 
@@ -151,10 +198,14 @@ def test_keyboard_alone(pages, tab):
     page = tab((pages / "scene.html").as_uri())
     for _ in range(30):
         page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.classList.contains('say')"): break
-    at = lambda: page.evaluate("[...document.querySelectorAll('.say')].indexOf(document.activeElement)")
+        if page.evaluate("document.activeElement.classList.contains('say')"):
+            break
+    at = lambda: page.evaluate(
+        "[...document.querySelectorAll('.say')].indexOf(document.activeElement)"
+    )
     assert at() == 0
-    page.keyboard.press("ArrowDown"); page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
     assert at() == 2
     page.keyboard.press("ArrowUp")
     assert at() == 1
@@ -165,7 +216,9 @@ def test_keyboard_alone(pages, tab):
     plays(page)
     page.keyboard.press("Space")
     assert page.evaluate("document.querySelector('audio').paused"), "the same key pauses"
-    box = page.evaluate("(() => { const r = document.activeElement.getBoundingClientRect(); return [r.top, r.bottom, innerHeight]; })()")
+    box = page.evaluate(
+        "(r => [r.top, r.bottom, innerHeight])(document.activeElement.getBoundingClientRect())"
+    )
     assert 0 <= box[0] and box[1] <= box[2], "the chosen turn is in sight"
 
 
@@ -173,8 +226,11 @@ def test_names_for_screen_readers(pages, tab):
     page = tab((pages / "scene.html").as_uri())
     tree = page.locator("main").aria_snapshot()
     first = load_corpus("sample").splits["test"][0].utterances[0]
-    assert "list \"Turns\"" in tree and first.text in tree and "% sure" in tree
-    unnamed = page.evaluate("[...document.querySelectorAll('button, select, [role=button]')].filter(e => !(e.innerText.trim() || e.ariaLabel || e.labels?.length)).length")
+    assert 'list "Turns"' in tree and first.text in tree and "% sure" in tree
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, select, [role=button]')]"
+        ".filter(e => !(e.innerText.trim() || e.ariaLabel || e.labels?.length)).length"
+    )
     assert unnamed == 0
 
 
@@ -183,7 +239,10 @@ def test_filter(pages, tab):
     key = page.locator(".legend button").first
     count = int(key.locator("small").inner_text())
     key.click()
-    assert page.locator(".turn:not(.dim)").count() == count and key.get_attribute("aria-pressed") == "true"
+    assert (
+        page.locator(".turn:not(.dim)").count() == count
+        and key.get_attribute("aria-pressed") == "true"
+    )
     key.click()
     assert page.locator(".turn.dim").count() == 0
 
@@ -193,7 +252,10 @@ def test_one_voice_at_a_time(pages, tab):
     for n in (0, 1):
         page.locator(".conv").nth(n).locator(".say").first.click()
         page.wait_for_timeout(500)
-    assert page.evaluate("[...document.querySelectorAll('audio')].map(a => a.paused)") == [True, False]
+    assert page.evaluate("[...document.querySelectorAll('audio')].map(a => a.paused)") == [
+        True,
+        False,
+    ]
 
 
 def test_sound_beside_the_page(pages, tab):
@@ -208,7 +270,11 @@ def test_three_hours_stay_quick(pages, tab):
     assert ready < 6000, f"{ready:.0f} ms until it can be used"
     page.locator(".say").nth(0).click()
     took = page.evaluate("""async () => { const t = performance.now();
-        for (let i = 0; i < 40; i++) { document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown', bubbles: true})); await new Promise(requestAnimationFrame); }
+        for (let i = 0; i < 40; i++) {
+            const down = new KeyboardEvent('keydown', {key: 'ArrowDown', bubbles: true});
+            document.activeElement.dispatchEvent(down);
+            await new Promise(requestAnimationFrame);
+        }
         return (performance.now() - t) / 40; }""")
     assert took < 150, f"{took:.0f} ms a turn"
     page.get_by_role("button", name="Wider").click()
@@ -217,9 +283,11 @@ def test_three_hours_stay_quick(pages, tab):
 
 def test_prints_every_turn(pages, tab):
     page = tab((pages / "scene.html").as_uri())
-    page.locator(".legend button").first.click()                     # a filter does not shorten the print
+    page.locator(".legend button").first.click()  # a filter does not shorten the print
     page.emulate_media(media="print")
-    assert page.evaluate("[...document.querySelectorAll('.turn')].every(e => e.getBoundingClientRect().height > 10)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('.turn')].every(e => e.getBoundingClientRect().height > 10)"
+    )
     assert page.evaluate("getComputedStyle(document.querySelector('.controls')).display") == "none"
     pdf = page.pdf(format="A4", print_background=True)
     assert pdf.startswith(b"%PDF") and len(pdf) > 10_000
@@ -229,7 +297,9 @@ def test_works_within_a_frame(pages, tab, tmp_path):
     "As a notebook and the demo show it."
     corpus = load_corpus("sample")
     frame = predictions(corpus.splits["test"][:1], corpus.labels).timeline()._repr_html_()
-    (tmp_path / "notebook.html").write_text(f"<!DOCTYPE html><title>n</title>{frame}", encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(
+        f"<!DOCTYPE html><title>n</title>{frame}", encoding="utf-8"
+    )
     page = tab((tmp_path / "notebook.html").as_uri())
     inner = page.frame_locator("iframe")
     inner.locator(".say").nth(1).click()
