@@ -121,7 +121,7 @@ def _placed(file, track, av, fault):
         raise fault(f"its header claims {rate or 0} samples per second")
     exact = file.format.name.startswith("mov") and track.duration
     most = round(track.duration*track.time_base*rate) if exact else 0         # samples stated
-    float32 = av.AudioResampler("flt")    # interleaved: PyAV's planar arrays fail from 8 channels on
+    float32 = av.AudioResampler("flt")      # interleaved: planar arrays fail from 8 channels on
     for frame in file.decode(track):
         for part in float32.resample(frame):
             block = part.to_ndarray().reshape(part.samples, -1)               # (T, C)
