@@ -673,7 +673,7 @@ def test_other_conversations_cannot_be_predicted_and_it_is_said(run, tmp_path, c
     assert cli.predict([str(run), str(tmp_path/"talk.csv")]) == 1
     err = capsys.readouterr().err
     assert (
-        "the run's text features come from the store" in err
+        "the model's text features come from the store" in err
         and "lunch_0" in err
         and err.count("\n") == 1)
 

@@ -29,6 +29,7 @@ def deal_splits(
 def load_own(
     path: str|Path,                    # the .csv or .jsonl file
     labels: list[str]|None = None,  # the label set in class order; None: the labels found, sorted
+    splits: bool = True,   # False: to predict, not to train: all rows are "test"
 ) -> Corpus:                           # arrays: one per feature file beside the table
     """Your own conversations from one CSV or JSONL file, with sound and precomputed features
     beside it."""
@@ -45,6 +46,7 @@ def load_own(
             conversation=table["conversation"], id=column("id").where(column("id") != "", name),
             order=order, speaker=table["speaker"], text=table["text"], label=column("label"),
             split=column("split")))
+    if not splits: rows["split"] = "test"
     for cell, field in ((table["conversation"], "conversation"), (table["speaker"], "speaker")):
         for id in rows["id"][cell == ""][:1]:
             raise DataError(f"its {field} is empty", f"Name the {field}.", utterance=id)
@@ -54,7 +56,7 @@ def load_own(
             for cells in zip(rows["conversation"], rows["id"], column(c))]
     faults = [
         (
-            0 < (rows.label == "").sum() < len(rows),
+            splits and 0 < (rows.label == "").sum() < len(rows),
             f"utterances without a label: {(rows.label == '').sum()}; context only.")]
     if (rows["split"] == "").all():
         rows["split"] = rows["conversation"].map(deal_splits(rows["conversation"].tolist()))

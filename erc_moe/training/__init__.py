@@ -1,7 +1,8 @@
 "Training: one loop for every model, runs of several seeds, and what they predict."
-from .loop import ConversationTensors, Scores, TrainingConfig, fit, score
-from .predictions import Predictions
-from .folder import first_process
-from .runs import Run, train
+from .. import lazily
 
-__all__ = ["ConversationTensors", "Predictions", "Run", "Scores", "TrainingConfig", "first_process", "fit", "score", "train"]
+_PLACES = {
+    "loop": ["ConversationTensors", "Scores", "TrainingConfig", "fit", "score"],
+    "predictions": ["Predictions"], "folder": ["first_process"], "runs": ["Run", "train"]}
+__all__ = [name for names in _PLACES.values() for name in names]
+__getattr__ = lazily(__name__, {name: at for at, names in _PLACES.items() for name in names})

@@ -8,13 +8,14 @@ __all__ = ['defuse', 'restore', 'write_csv', 'read_csv', 'Predictions']
 # %% ../../nbs/820_predictions.ipynb #1286acdd
 import csv, io, os, re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..conversations import Conversation, DataError, label_indices
+from ..evaluation.calibration import calibrate
 from ..features.store import atomic_write
 from ..page import NOTE, Frame, fragment_html, framed, make_views, page_html
 from .loop import Scores
@@ -83,6 +84,7 @@ class Predictions:
     probabilities: np.ndarray             # float (M, C), of the mixture
     experts: dict[str, np.ndarray]        # expert -> float (M, C), of this expert alone
     gate: np.ndarray|None                 # float (M, E), columns in the order of `experts`
+    told: list[str] = field(default_factory=list)   # what a reader should know of the input
 
     def __post_init__(self):
         p, gate = self.probabilities, self.gate
@@ -117,6 +119,20 @@ class Predictions:
         "The likeliest emotion of each utterance."
         return [self.labels[i] for i in self.probabilities.argmax(-1)]
 
+    def emotions(self,
+        expert: str,
+    ) -> list[str]:     # M, "" where the gate gives it no weight: its modality was not observed
+        "What an expert would have said alone."
+        heard = self.gate is None or self.gate[:, list(self.experts).index(expert)] > 0
+        said = [self.labels[i] for i in self.experts[expert].argmax(-1)]
+        return np.where(heard, said, "").tolist()
+
+    def calibrated(self,
+        temperature: float,    # see `calibrate`
+    ) -> "Predictions":
+        "The same with the mixture's probabilities at another temperature; no emotion changes."
+        return replace(self, probabilities=calibrate(self.probabilities, temperature))
+
     @property
     def truth(self) -> np.ndarray:
         "int64 (M,): the class that each utterance was labelled with, -1 where unlabelled."
@@ -130,7 +146,7 @@ class Predictions:
             yield Predictions(
                 [c], self.labels, self.probabilities[part],
                 {e: p[part] for e, p in self.experts.items()},
-                None if self.gate is None else self.gate[part])
+                None if self.gate is None else self.gate[part], self.told)
 
     def __getitem__(self, conversation: str) -> "Predictions":
         "Of one conversation, by its id."
@@ -149,8 +165,7 @@ class Predictions:
         if not table.label.any(): table = table.drop(columns="label")
         columns = {"predicted": self.predicted, "confidence": self.probabilities.max(-1)}
         columns |= {f"p_{l}": p for l, p in zip(self.labels, self.probabilities.T)}
-        columns |= {f"expert_{e}": [self.labels[i] for i in p.argmax(-1)]
-                    for e, p in self.experts.items()}
+        columns |= {f"expert_{e}": self.emotions(e) for e in self.experts}
         if self.gate is not None:
             columns |= {f"gate_{e}": g for e, g in zip(self.experts, self.gate.T)}
         return table.assign(**columns)

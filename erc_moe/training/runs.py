@@ -17,7 +17,8 @@ from markupsafe import Markup
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus, FeatureTable
-from ..features import FeaturePipeline, FeatureStore, import_features
+from ..features import FeaturePipeline, import_features
+from ..features.attach import attach
 from ..models import find_model, parse_changes
 from .folder import (
     begin_run, read_predictions, summarise_run, temporary_folder, train_seed)
@@ -113,36 +114,7 @@ class Run:
     ) -> list[Conversation]:
         """Attach the features that the run was trained with; a `DataError` where a modality is
         observed nowhere."""
-        widths, pipeline = self.summary["features"]["widths"], self.pipeline
-        for m in without:
-            if m not in widths:
-                raise DataError(
-                    f"the run was not trained with {m!r}", f"It takes {', '.join(widths)}.")
-        left = replace(
-            pipeline, parts={m: p for m, p in pipeline.parts.items() if m not in without}
-        ).with_sources(sources or {})
-        ids = [u.id for c in conversations for u in c.utterances]
-        for m, p in ((m, p) for m, parts in left.parts.items() for p in parts if p.kind == "store"):
-            for lacking in FeatureStore(p.source).missing(ids)[:1]:
-                raise DataError(
-                    f"the run's {m} features come from the store {p.source}, which has none of it",
-                    "Embed these conversations with the same encoder (erc_moe_embed) "
-                    f"and name that store (--{m} STORE), or say without=[{m!r}] "
-                    f"(--without {m}). "
-                    "For features of an imported file there is no encoder to be had: "
-                    "train with others to predict other conversations.",
-                    utterance=lacking)
-        ready = left.apply(conversations, arrays) if left.parts else conversations
-        for m in without:
-            ready = [
-                c.with_features(m, np.zeros((len(c), widths[m])), np.zeros(len(c), bool))
-                for c in ready]
-        for m in left.parts:
-            if not any(c.present[m].any() for c in ready):
-                raise DataError(
-                    f"no utterance has {m!r}, which the model was trained with",
-                    f"Give it, or say without=[{m!r}] (--without {m}) to do without.")
-        return ready
+        return attach(self.pipeline, conversations, arrays, without, sources)[0]
 
     def predict(self,
         conversations: list[Conversation],  # as read; or with features, if `prepared`
