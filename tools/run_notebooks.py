@@ -21,7 +21,8 @@ def run(path: Path) -> float:
     "Execute one notebook in a fresh kernel from its own folder and write it back; seconds taken."
     nb, began = nbformat.read(path, as_version=4), time.perf_counter()
     NotebookClient(
-        nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        nb, timeout=600, startup_timeout=300, kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     for cell in nb.cells:
         if cell.cell_type != "code": continue
