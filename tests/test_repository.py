@@ -128,7 +128,8 @@ def literal_lines(source):
 
 
 def wide_lines(source, width=100):
-    wide = [n for n, line in enumerate(source.splitlines(), 1) if len(line) > width]
+    lines = [l if not l.startswith("#|") else "" for l in source.splitlines()]  # not shown
+    wide = [n for n, line in enumerate(lines, 1) if len(line) > width]
     return sorted(set(wide) - literal_lines(source)) if wide else []
 
 
