@@ -1,7 +1,8 @@
-"Features: frozen text embeddings, openSMILE functionals, DenseNet faces, precomputed arrays; stored, standardised, attached to conversations."
+"Features: frozen text embeddings, openSMILE functionals, Praat's prosody, DenseNet faces, precomputed arrays; stored, standardised, attached to conversations."
 from .importers import LAYOUTS, ImportedFeatures, FileLayout, import_features
 from .pickles import read_pickle
 from .pipeline import FeaturePipeline, cache_folder
+from .prosody import Prosody8, prosody8
 from .speech import OPENSMILE_SETS, OpenSmile, read_audio
 from .store import Extractor, FeatureStore, atomic_write, extract
 from .text import TextEncoder

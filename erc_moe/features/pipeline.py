@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors, save as save_tensors
 from ..conversations import Conversation, DataError
 from ..corpora.core import Corpus, FeatureTable, read_features, some
+from .prosody import PROSODY8, Prosody8
 from .speech import OPENSMILE_SETS, OpenSmile
 from .store import FeatureStore, atomic_write, extract
 from .text import TextEncoder
@@ -152,13 +153,13 @@ def _kind(source, arrays):
     if source == "minilm" or source.startswith("hf:"): return "encoder"
     if source in OPENSMILE_SETS: return "opensmile"
     if source.startswith("densenet:"): return "densenet"
-    if source in arrays: return "array"
+    if source in arrays or source == "prosody8": return "array"
     if (Path(source)/"manifest.json").is_file(): return "store"
     if Path(source).suffix in (".npy", ".safetensors") and Path(source).is_file(): return "file"
     raise DataError(
         f"unknown feature source {source!r}",
         "There are the text encoders minilm and hf:NAME, the openSMILE sets "
-        f"{', '.join(OPENSMILE_SETS)}, densenet:NAME for video, the "
+        f"{', '.join(OPENSMILE_SETS)}, prosody8 of Praat, densenet:NAME for video, the "
         f"arrays of this corpus ({', '.join(arrays) or 'it has none'}), and paths of a "
         "feature store, a .npy or a .safetensors file.")
 
@@ -186,13 +187,22 @@ def _rows(source, kind, utterances, arrays, cache, missing, progress):
         return _given(source, *store.lookup(ids), ids, asdict(store.extractor))
     if kind == "file":
         return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)
+    if source == "prosody8" and source not in arrays:
+        heard = {u.id: u.audio for u in utterances if u.audio}
+        if heard:
+            praat = Prosody8()
+            return _extracted(praat, praat.rows, heard, ids, cache, missing, progress)
+        return _Rows(
+            np.full((len(ids), len(PROSODY8)), np.nan, np.float32), np.zeros(len(ids), bool), {},
+            _digest(ids), ["prosody8, utterances without sound: all; counted as not observed."])
     if source not in arrays:
         raise DataError(
             f"the features {source!r}, which came with the corpus that the model was "
             "trained on, are not given for these conversations",
             f"Put them beside your table, TABLE.{source}.npy beside TABLE.csv, with one "
             "row per utterance; or train with features "
-            f"that are computed from text and sound (minilm, {', '.join(OPENSMILE_SETS)}).",
+            f"that are computed from text and sound (minilm, prosody8, "
+            f"{', '.join(OPENSMILE_SETS)}).",
             utterance=ids[0])
     return _given(source, *arrays[source].lookup(ids), ids)
 
@@ -323,7 +333,9 @@ class FeaturePipeline:
         return replace(self, parts=parts)
 
     def _check(self, part, rows):
-        if rows.identity != part.identity:
+        # the corpora's prosody8 is what Praat measures here: one may stand for the other
+        either = part.source == "prosody8" and not (rows.identity and part.identity)
+        if rows.identity != part.identity and not either:
             differs = "; ".join(
                 f"{k} {part.identity.get(k)!r} then, {v!r} now"
                 for k, v in rows.identity.items()

@@ -131,7 +131,7 @@ class FeatureStore:
 
     def add(self,
         ids: list[str],                      # M utterance ids
-        values: np.ndarray,                  # (M, D), finite
+        values: np.ndarray,                  # (M, D), finite; NaN where the extractor has it so
         absent: dict[str, str]|None = None,  # utterance id -> why it has no row
     ):
         """Write one shard and enter it in the manifest. Safe when several processes do so at
@@ -146,7 +146,8 @@ class FeatureStore:
                 f"that is {self.extractor.width} wide",
                 f"Add what {self.extractor.name} computes, one row per utterance.",
                 utterance=ids[0])
-        for i in np.flatnonzero(~np.isfinite(values).all(1))[:1]:
+        undefined = np.isnan(values) & (self.extractor.parameters.get("undefined") == "NaN")
+        for i in np.flatnonzero(~(np.isfinite(values) | undefined).all(1))[:1]:
             raise DataError(
                 "its features hold NaN or infinity",
                 "Extract it again, or add it as absent with the reason.", utterance=ids[i])
