@@ -21,7 +21,8 @@ from erc_moe.features.speech import read_audio
 RATE = 16000
 AUDIO = {u.audio.stem: u.audio for c in load_corpus("sample").conversations for u in c.utterances}
 with open(Path(__file__).with_name("prosody8_sample.csv"), newline="") as f:
-    MEASURED = {row["clip"]: np.array([float(row[m] or "nan") for m in PROSODY8]) for row in csv.DictReader(f)}
+    MEASURED = {row["clip"]: np.array([float(row[m] or "nan") for m in PROSODY8])
+                for row in csv.DictReader(f)}
 
 
 def tone(hz, seconds, loud=.3):
@@ -36,7 +37,8 @@ def test_the_sample_corpus_is_measured_as_an_independent_script_measured_it():
     "52 clips, measured through files by a script that shares no code with the package."
     assert len(MEASURED) == 52
     for clip, expected in MEASURED.items():
-        np.testing.assert_allclose(prosody8(*soundfile.read(AUDIO[clip])), expected, rtol=1e-5, err_msg=clip)
+        got = prosody8(*soundfile.read(AUDIO[clip]))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=clip)
 
 
 def test_the_kind_of_file_does_not_matter(tmp_path):
@@ -132,8 +134,8 @@ def corpus(tmp_path):
             soundfile.write(path, x*rng.uniform(.2, 1), RATE)
             said.append(Utterance(f"{name}_{i}", "AB"[i % 2], "yes", "joy", path))
         return Conversation(name, said)
-    return Corpus("voices", ["joy"], {"train": [conversation("a"), conversation("b")],
-                                      "validation": [conversation("c")], "test": [conversation("d")]})
+    splits = {"train": "ab", "validation": "c", "test": "d"}
+    return Corpus("voices", ["joy"], {s: [conversation(n) for n in ns] for s, ns in splits.items()})
 
 
 def with_array(corpus, *lost):
