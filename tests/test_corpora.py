@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from erc_moe.conversations import DataError
 from erc_moe.corpora import Corpus, FeatureTable, load_corpus
 from erc_moe.corpora.core import group_rows
-from erc_moe.corpora.files import mend_text, read_table
+from erc_moe.corpora.encodings import fix_text
+from erc_moe.corpora.files import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("ERC_MOE_DATA")
@@ -204,9 +205,9 @@ def test_the_environment_names_the_folder(tmp_path, monkeypatch):
 def test_control_characters_come_back_as_what_they_were(texts):
     """A text whose Windows-1252 bytes were read as Latin-1, unless it already looked like
     mojibake, is mended exactly."""
-    texts = [t for t in texts if mend_text([t])[1] == 0]
+    texts = [t for t in texts if fix_text([t])[1] == 0]
     damaged = [t.encode("cp1252").decode("latin-1") for t in texts]
-    mended, count = mend_text(damaged)
+    mended, count = fix_text(damaged)
     assert mended == texts
     assert count == sum(d != t for d, t in zip(damaged, texts))
 

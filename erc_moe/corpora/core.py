@@ -19,7 +19,7 @@ from markupsafe import Markup
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from ..conversations import Conversation, DataError, Utterance, emotion_color, label_indices
-from .files import mend_text, read_table, some
+from .files import read_table, some
 
 # %% ../../nbs/801_corpora.ipynb #a670d33f
 def group_rows(
@@ -228,16 +228,9 @@ def build_corpus(
     faults: list[tuple[bool, str]],    # (was it met?, the sentence that tells it)
     **more,                            # arrays, protocol_note, annotations
 ) -> Corpus:
-    """Mend texts and names, tell what has no sound or video while other utterances have, group
-    the rows, and keep the faults that were met."""
-    (texts, mended), (speakers, renamed) = (
-        mend_text(rows["text"].tolist()), mend_text(rows["speaker"].tolist()))
-    told = [
-        (
-            mended + renamed,
-            f"texts and names with Windows-1252 leftovers or mojibake: {mended + renamed}; mended.",
-        ),
-        *faults]
+    """Tell what has no sound or video while other utterances have, group the rows, and keep the
+    faults that were met."""
+    told = [*faults]
     for column, file, what in (("audio", "a sound file", "speech"), ("video", "a video", "face")):
         lost = rows["id"][rows[column].isna()] if column in rows else rows["id"]
         if len(lost) < len(rows):
@@ -245,7 +238,6 @@ def build_corpus(
                 len(lost),
                 f"utterances without {file}: {len(lost)} ({some(lost)}); their {what} "
                 "counts as not observed."))
-    rows = rows.assign(text=texts, speaker=speakers)
     splits = {
         s: group_rows(part)
         for s in dict.fromkeys([*SPLITS, *rows["split"]])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, mend_prosody
+from .encodings import fix_text
 from .files import (
     find_audio, find_folder, parse_times, read_numbers, read_table, some)
 
@@ -32,10 +33,16 @@ def load_meld(
     "MELD with its official splits: 9989, 1109 and 2610 utterances (Poria et al., 2019)."
     folder = find_folder("meld", data, [f"{f}_sent_emo.csv" for f in FILES.values()], HOW)
     rows = pd.concat([_read_split(folder, split) for split in SPLITS], ignore_index=True)
+    (texts, fixed), (speakers, renamed) = (
+        fix_text(rows[c].tolist()) for c in ("text", "speaker"))
+    rows = rows.assign(text=texts, speaker=speakers)
     length = rows["end"] - rows["start"]  # (M,) s
     broken = ~length.between(SHORTEST, LONGEST)
     arrays, prosody_faults = _read_prosody(folder, rows, broken)
     faults = [
+        (
+            fixed + renamed,
+            f"texts and names with Windows-1252 leftovers or mojibake: {fixed + renamed}; fixed."),
         _tell_gaps(rows),
         _tell_broken(rows, length, broken),
         _tell_short(rows, length, broken),
