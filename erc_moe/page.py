@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GATE', 'AXIS', 'TEMPLATES', 'EMBEDDED', 'NOTE', 'clock', 'turn_spans', 'axis_marks', 'disagreement', 'turn_views',
-           'stack', 'emotion_counts', 'lane_views', 'conversation_view', 'asset', 'page_style', 'policy', 'page_html',
-           'fragment_html', 'framed', 'Frame', 'make_views']
+           'stack', 'gate_paths', 'emotion_counts', 'lane_views', 'conversation_view', 'asset', 'page_style', 'policy',
+           'page_html', 'fragment_html', 'framed', 'Frame', 'make_views']
 
 # %% ../nbs/608_page.ipynb #2b450df3
 import base64, hashlib, math
@@ -104,6 +104,16 @@ def stack(
     return [dict(x=round(100*a, 2), w=round(100*(b - a), 2), y=round(GATE*a, 2),
                  h=round(GATE*(b - a), 2)) for a, b in zip(ends, ends[1:])]
 
+# %% ../nbs/608_page.ipynb #939c1b21
+def gate_paths(
+    turns: list[dict],                      # N, of `turn_views`
+    spans: list[tuple[float, float]],       # N, of `turn_spans`
+) -> list[str]:                             # one per expert
+    "The gate's row as SVG paths: a stack at each turn."
+    boxes = [[f"M{a:.2f} {g['y']}h{b - a:.2f}v{g['h']}h{a - b:.2f}z" for g in t["gate"]]
+             for t, (a, b) in zip(turns, spans)]
+    return ["".join(path) for path in zip(*boxes)]
+
 # %% ../nbs/608_page.ipynb #79cbc3c7
 def emotion_counts(
     turns: list[dict],       # of `turn_views`
@@ -158,7 +168,8 @@ def conversation_view(
     return dict(
         id=f"c{number + 1}", name=conv.id, told=told, timed=timed, labels=labels, experts=experts,
         colors=colors, tints=tints, turns=turns, lanes=lane_views(turns, labels, lane), lane=lane,
-        gate_y=gate_y, height=gate_y + (GATE + 4 if gated else 0) + AXIS, gated=gated,
+        gates=gate_paths(turns, spans) if gated else [], gate_y=gate_y, gate_height=GATE,
+        height=gate_y + (GATE + 4 if gated else 0) + AXIS, gated=gated,
         axis=axis_marks(width, timed), sound=source, length=clock(width) if timed else "",
         counts=emotion_counts(turns, labels), splits=sum(bool(t["split"]) for t in turns),
         labelled=any(t["truth"] is not None for t in turns), meta=" · ".join(meta), facts=facts,

@@ -100,7 +100,7 @@ def tab(browser, request):
             "request",
             lambda r: None if r.url.startswith(allowed) else told.append(f"asks for {r.url}"),
         )
-        tab.goto(url)
+        tab.goto(url, timeout=120_000)
         opened.append(tab)
         return tab
 
@@ -265,18 +265,26 @@ def test_sound_beside_the_page(pages, tab):
 
 
 def test_three_hours_stay_quick(pages, tab):
-    page = tab((pages / "long.html").as_uri())
-    ready = page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
-    assert ready < 6000, f"{ready:.0f} ms until it can be used"
+    "In seconds of one core, which a busy machine does not change."
+    page = tab("about:blank")
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def cpu():
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return next(m["value"] for m in metrics if m["name"] == "TaskDuration")
+
+    page.goto((pages / "long.html").as_uri(), timeout=120_000)
+    assert cpu() < 6, "until it can be used"
     page.locator(".say").nth(0).click()
-    took = page.evaluate("""async () => { const t = performance.now();
+    before = cpu()
+    page.evaluate("""async () => {
         for (let i = 0; i < 40; i++) {
             const down = new KeyboardEvent('keydown', {key: 'ArrowDown', bubbles: true});
             document.activeElement.dispatchEvent(down);
             await new Promise(requestAnimationFrame);
-        }
-        return (performance.now() - t) / 40; }""")
-    assert took < 150, f"{took:.0f} ms a turn"
+        }}""")
+    assert (cpu() - before) / 40 < 0.1, "a turn"
     page.get_by_role("button", name="Wider").click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 

@@ -27,10 +27,10 @@ function conversation(section) {
   }
   function axis(px) {
     const steps = facts.timed ? [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600] : [1, 2, 5, 10, 20, 50, 100, 200, 500];
-    const step = steps.find(s => s * px >= 64) || steps[steps.length - 1], svg = "http://www.w3.org/2000/svg";
+    const step = steps.find(s => s * px >= 64) || steps[steps.length - 1];
     ticks.replaceChildren();
     for (let t = 0; t * px < width * px - 30; t += step) {
-      const mark = document.createElementNS(svg, "text");
+      const mark = document.createElementNS(drawing.namespaceURI, "text");
       mark.setAttribute("x", `${100 * t / width}%`); mark.setAttribute("y", drawing.getAttribute("height") - 5);
       mark.textContent = facts.timed ? clock(t) : t + 1; ticks.append(mark);
     }
@@ -139,9 +139,9 @@ function conversation(section) {
   $(".zoom .out").addEventListener("click", () => stretch(zoom / 1.7));
   $(".zoom .fit").addEventListener("click", () => stretch(1));
   beside.addEventListener("change", place);
-  const measure = () => { section.style.setProperty("--deck", `${$(".deck").offsetHeight + 8}px`); stretch(zoom); };
-  addEventListener("resize", measure);
+  const measure = z => { section.style.setProperty("--deck", `${$(".deck").offsetHeight + 8}px`); stretch(z); };
+  addEventListener("resize", () => measure(zoom));
   const wish = says.length * 30 / scroll.clientWidth;
-  measure(); stretch(says.length <= 400 && wish > 1.3 ? wish : 1); scroll.scrollLeft = 0;
+  measure(says.length <= 400 && wish > 1.3 ? wish : 1); scroll.scrollLeft = 0;
 }
 document.querySelectorAll(".conv").forEach(conversation);
