@@ -5,9 +5,7 @@ Screenshots go to the folder that BROWSER_SHOTS names, if it names one: look at 
 
 import os
 import shutil
-import threading
 from dataclasses import replace
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -313,3 +311,99 @@ def test_works_within_a_frame(pages, tab, tmp_path):
     inner.locator(".say").nth(1).click()
     handle = page.query_selector("iframe").content_frame()
     until(handle, "document.querySelector('audio').currentTime > 1")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    "The demo for a small model that reads, on a port of its own."
+    pytest.importorskip("gradio")
+    import socket
+
+    from erc_moe.demo import serve
+    from erc_moe.training import train
+
+    run = train(
+        "mister_e",
+        load_corpus("sample"),
+        text="minilm",
+        seeds=1,
+        changes=dict(epochs=3),
+        progress=False,
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return serve(run.predict, port=port, open_browser=False, wait=False)
+
+
+def shown(page):
+    "The time line's frame, once it is there."
+    page.locator("iframe").wait_for(timeout=60_000)
+    frame = page.query_selector("iframe").content_frame()
+    frame.locator(".say").first.wait_for(timeout=30_000)
+    return frame
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_demo_of_a_chat(demo, tab, size, theme, tmp_path):
+    from erc_moe.demo import EXAMPLE
+    from erc_moe.training.predictions import read_csv
+
+    page = tab(demo, size, theme, (demo, "data:", "blob:", "about:"))
+    page.get_by_role("button", name="Take an example").click()
+    page.get_by_role("button", name="Show the emotions").first.click()
+    frame = shown(page)
+    assert frame.locator(".say").count() == len(EXAMPLE.splitlines())
+    frame.locator(".say").nth(2).click()
+    assert "Turn 3" in frame.locator(".detail").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "sideways"
+    with page.expect_download(timeout=30_000) as download:
+        page.get_by_text("Download the table").click()
+    download.value.save_as(tmp_path / "table.csv")
+    assert read_csv(tmp_path / "table.csv").speaker.tolist() == ["Ana", "Ben"] * 3
+
+
+def test_demo_of_a_recording(demo, tab, tmp_path):
+    from erc_moe.recordings import join_scene
+
+    scene = load_corpus("sample").splits["test"][0]
+    turns = join_scene(scene, tmp_path / "talk.flac")
+    stamp = lambda t: f"{int(t // 60):02d}:{t % 60:06.3f}"
+    cues = [f"{stamp(t.start)} --> {stamp(t.end)}\n<v {t.speaker}>{t.text}" for t in turns]
+    (tmp_path / "talk.vtt").write_text("WEBVTT\n\n" + "\n\n".join(cues) + "\n")
+    page = tab(demo, allowed=(demo, "data:", "blob:", "about:"))
+    page.get_by_role("tab", name="A recording").click()
+    page.locator("input[type=file]").nth(0).set_input_files(tmp_path / "talk.flac")
+    page.locator("input[type=file]").nth(-1).set_input_files(tmp_path / "talk.vtt")
+    page.get_by_text("talk.vtt").wait_for()
+    page.get_by_text("talk.flac").wait_for()
+    page.get_by_role("button", name="Show the emotions").last.click()
+    frame = shown(page)
+    assert frame.locator(".say").count() == len(scene)
+    frame.locator(".say").nth(1).click()
+    until(frame, f"document.querySelector('audio').currentTime > {turns[1].start + .3}")
+
+
+def test_demo_says_what_is_wrong_as_words(demo, tab):
+    page = tab(demo, allowed=(demo, "data:", "blob:", "about:"))
+    page.get_by_role("textbox").fill("<img src=x onerror=alert(1)>")
+    page.get_by_role("button", name="Show the emotions").first.click()
+    page.locator("[role=alert]").wait_for(timeout=30_000)
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_demo_listens_here_alone(demo):
+    "The kernel's table of listening sockets: the port is bound to 127.0.0.1 and nothing else."
+    from pathlib import Path
+    from urllib.parse import urlparse
+
+    port = f"{urlparse(demo).port:04X}"
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        if (path := Path("/proc/net", table)).exists()
+        for line in path.read_text().splitlines()[1:]
+    ]
+    bound = {r[1] for r in rows if r[3] == "0A" and r[1].endswith(f":{port}")}
+    assert bound == {f"0100007F:{port}"}
