@@ -43,7 +43,7 @@ def deal_folds(
 
 # %% ../../nbs/604_tuning.ipynb #cc437112
 class TunedRun:
-    """A folder written by `tune`: encoders of one modality, their figures, and how training
+    """A folder that a tuning wrote: encoders of one modality, their figures, and how training
     conversations were dealt."""
     def __init__(self,
         folder: str|Path,
