@@ -81,13 +81,13 @@ def result_part(
     score = lambda figures: figures["weighted_f1"]["mean"]
     best = max(experts, key=lambda e: score(experts[e]), default=None)
     gain = f1["mean"] - score(experts[best]) if best else 0
-    shown = lambda x: f"{100*x:.1f}"
+    shown, table = lambda x: f"{100*x:.1f}", result_table(run.summary)
     return dict(
         score=shown(f1["mean"]), deviation="" if f1["std"] is None else shown(f1["std"]),
         low=shown(f1["interval"]["low"]), high=shown(f1["interval"]["high"]),
         best=best and dict(name=best, score=shown(score(experts[best])), gain=shown(abs(gain)),
                            above=gain >= 0),
-        table=Markup(result_table(run.summary).to_html(border=0)))
+        columns=list(table), rows=list(zip(table.index, table.values.tolist())))
 
 # %% ../nbs/607_report.ipynb #d6159148
 def curve_part(

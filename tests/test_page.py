@@ -416,7 +416,7 @@ def test_labels_that_are_numbers_stay_text(tmp_path):
     "A run whose labels are 0 and 1: the interval holds the score, and the report is written."
     from erc_moe.corpora.own import load_own
     from erc_moe.report import write_report
-    from erc_moe.training import train
+    from erc_moe.training import Run, train
 
     rows = ["conversation,order,speaker,text,label"]
     rows += [
@@ -438,3 +438,37 @@ def test_labels_that_are_numbers_stay_text(tmp_path):
     assert f1["interval"]["high"] > 0
     assert set(run.predictions().label) <= {"0", "1"}
     assert write_report(run).stat().st_size > 10_000
+
+    # the same run, as a stranger could hand it on: every text of its summary is hostile
+    evil = HOSTILE[0]
+    (run.folder / "seed-0").rename(run.folder / f"seed-{evil.replace('/', '')}")
+    words = ("corpus", "corpus_note", "selection", "preset", "command", "code_revision", "device")
+    hostile = run.summary | {w: evil for w in words}
+    hostile |= dict(seeds=[evil.replace("/", "")], faults=[evil], versions={evil: evil})
+    hostile["features"] = run.summary["features"] | {"sources": {"text": evil}}
+    hostile["config"] = dict(model={evil: evil}, training={evil: evil})
+    (run.folder / "summary.json").write_text(json.dumps(hostile))
+    before = Reader((run.folder / "report" / "index.html").read_text(encoding="utf-8"))
+    again = Run(run.folder)
+    page = Reader(write_report(again).read_text(encoding="utf-8"))
+    assert page.tags.count("script") == before.tags.count("script")
+    assert page.tags.count("img") == before.tags.count("img")
+    assert not [a for a in page.attributes if a[1].startswith("on") or a[1] == "style"]
+    assert evil in " ".join(page.shown)
+    assert "img" not in Reader(again._repr_html_()).tags
+
+
+def test_no_html_is_put_together_without_escaping():
+    "An f-string with tags in it escapes nothing, and the package has none."
+    import ast
+
+    import erc_moe
+
+    tag = re.compile(
+        r"</?(a|b|i|p|div|span|table|t[rdh]|ul|li|img|h\d|section|svg|style|script)\b[^>]*>"
+    )
+    for path in Path(erc_moe.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                fixed = "".join(v.value for v in node.values if isinstance(v, ast.Constant))
+                assert not tag.search(fixed), f"{path.name}, line {node.lineno}: {fixed[:60]!r}"
