@@ -6,8 +6,8 @@
 __all__ = ['MOST_CHARACTERS', 'MOST_TURNS', 'MOST_MINUTES', 'MOST_BYTES', 'EXAMPLE', 'STYLE', 'WORDS', 'read_request', 'answer',
            'build', 'serve', 'launch']
 
-# %% ../nbs/612_demo.ipynb #27810f19
-import os, tempfile
+# %% ../nbs/612_demo.ipynb #fe7957fe
+import json, os, tempfile
 from collections.abc import Callable
 from pathlib import Path
 from markupsafe import Markup
@@ -71,6 +71,7 @@ STYLE = """
 .gradio-container{max-width:1240px!important;margin:auto}
 .erc-top h1{font-size:2rem;letter-spacing:-.02em;margin-bottom:.1rem}
 .erc-wrong{padding:.8rem 1rem;border-left:4px solid #c1121f;background:#c1121f18;border-radius:6px}
+.erc-wrong::first-letter{text-transform:uppercase}
 .erc-empty{padding:3rem 1rem;text-align:center;opacity:.7}
 """
 WORDS = """# Emotions of a conversation
@@ -107,7 +108,7 @@ def build(
         def run(chat, recording, transcript):
             html, *files = answer(predict, chat, recording, transcript, listen, folder)
             return html, *(gr.DownloadButton(value=f, interactive=f is not None) for f in files)
-        example.click(lambda: EXAMPLE, None, chat, api_name=False)
+        example.click(None, None, chat, js=f"() => {json.dumps(EXAMPLE)}", api_name=False)
         from_chat.click(lambda c: run(c, None, None), chat, [shown, table, whole], api_name=False)
         from_sound.click(lambda r, t: run("", r, t), [recording, transcript],
                          [shown, table, whole], api_name=False)
