@@ -380,6 +380,7 @@ def test_demo_of_a_recording(demo, tab, tmp_path):
     assert frame.locator(".say").count() == len(scene)
     frame.locator(".say").nth(1).click()
     until(frame, f"document.querySelector('audio').currentTime > {turns[1].start + 0.3}")
+    assert frame.locator(".drawing.dense").count() == 0 and frame.locator(".axis text").count() > 2
 
 
 def test_demo_says_what_is_wrong_as_words(demo, tab):

@@ -140,8 +140,13 @@ function conversation(section) {
   $(".zoom .fit").addEventListener("click", () => stretch(1));
   beside.addEventListener("change", place);
   const measure = z => { section.style.setProperty("--deck", `${$(".deck").offsetHeight + 8}px`); stretch(z); };
-  addEventListener("resize", () => measure(zoom));
-  const wish = says.length * 30 / scroll.clientWidth;
-  measure(says.length <= 400 && wish > 1.3 ? wish : 1); scroll.scrollLeft = 0;
+  let seen = 0;                                       // within a frame the page may be laid out late
+  new ResizeObserver(() => {
+    const wish = says.length * 30 / scroll.clientWidth, first = !seen;
+    if (scroll.clientWidth === seen || !scroll.clientWidth) return;
+    seen = scroll.clientWidth;
+    measure(first && says.length <= 400 && wish > 1.3 ? wish : zoom);
+    if (first) scroll.scrollLeft = 0;
+  }).observe(scroll);
 }
 document.querySelectorAll(".conv").forEach(conversation);
