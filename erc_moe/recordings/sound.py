@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
 
 from ..conversations import Clip, DataError
 from .files import Mixer, any_blocks, open_sound, sound_blocks
@@ -26,8 +25,14 @@ from .files import Mixer, any_blocks, open_sound, sound_blocks
 KEEP = 8*2**30          # bytes of decoded sound that are kept while the program runs
 _decoded, _deciding = {}, threading.Lock()
 
-@lru_cache(maxsize=None)
-def _temporary(process): return tempfile.TemporaryDirectory(prefix="erc_moe-")
+@lru_cache(maxsize=1)
+def _temporary():
+    "The folder of decoded sound: this process' own, or that of the process which started it."
+    given = os.environ.get("ERC_MOE_DECODED")
+    if given and Path(given).is_dir(): return Path(given), None
+    folder = tempfile.TemporaryDirectory(prefix="erc_moe-")          # goes when the process ends
+    os.environ["ERC_MOE_DECODED"] = folder.name
+    return Path(folder.name), folder
 
 def decode_once(
     path: Path,
@@ -39,9 +44,13 @@ def decode_once(
     key = (path.resolve(), state.st_size, state.st_mtime_ns, channel)
     with _deciding:
         if key not in _decoded or not _decoded[key].exists():
-            folder = Path(_temporary(os.getpid()).name)
-            target = folder/f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.w64"
-            _write_mono(path, target, Mixer(channel, fault), fault)
+            target = _temporary()[0]/f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.w64"
+            partial = target.with_suffix(f".{os.getpid()}")
+            if not target.exists():
+                try:
+                    _write_mono(path, partial, Mixer(channel, fault), fault)
+                    partial.replace(target)
+                finally: partial.unlink(missing_ok=True)
             _decoded[key] = target
             kept = 0
             for old in list(reversed(_decoded)):
@@ -76,6 +85,7 @@ def resample(
         return torchaudio.functional.resample(torch.from_numpy(samples), source, target).numpy()
     if resampler != "scipy":
         raise DataError(f"unknown resampler {resampler!r}", "Say 'scipy' or 'torchaudio'.")
+    from scipy.signal import resample_poly
     common = gcd(source, target)
     return resample_poly(samples, target // common, source // common).astype(np.float32)
 
