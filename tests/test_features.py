@@ -17,9 +17,10 @@ from hypothesis.extra.numpy import arrays
 from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus, FeatureTable
 from erc_moe.features import (
-    Extractor, FeaturePipeline, FeatureStore, TextEncoder, atomic_write, extract, read_audio)
+    Extractor, FeaturePipeline, FeatureStore, TextEncoder, atomic_write, extract)
 from erc_moe.features.pipeline import fit_scale, relative_to_conversation, scale
 from erc_moe.features.text import minilm_folder, token_batches
+from erc_moe.recordings import read_sound
 
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -168,7 +169,7 @@ def test_any_rate_and_channels_become_mono_16_khz(tmp_path_factory, rate, channe
     t = np.arange(rate // 2) / rate
     path = tmp_path_factory.mktemp("audio")/f"clip.{kind}"
     soundfile.write(path, 0.5*np.sin(2*np.pi*300*t)[:, None].repeat(channels, 1), rate)
-    clip = read_audio(path)
+    clip = read_sound(path, 16000)[0]
     assert clip.dtype == np.float32 and abs(len(clip) - 8000) <= 1
     want = 0.5*np.sin(2*np.pi*300*np.arange(len(clip))/16000)
     assert np.abs(clip - want)[200:-200].max() < 5e-3
@@ -182,7 +183,7 @@ def test_a_clip_cut_anywhere_is_refused(tmp_path_factory, where):
     data = path.read_bytes()
     path.write_bytes(data[:44 + int(where*(len(data) - 44))])
     with pytest.raises(DataError, match="utterance 'u7': its audio file is cut short"):
-        read_audio(path, utterance="u7")
+        read_sound(path, 16000, "u7")
 
 
 def test_a_streamed_wav_without_a_length_is_read(tmp_path):
@@ -191,7 +192,7 @@ def test_a_streamed_wav_without_a_length_is_read(tmp_path):
     at = data.index(b"data") + 4
     data[4:8], data[at:at + 4] = b"\xff"*4, b"\xff"*4  # what a program writes that pipes its output
     (tmp_path/"clip.wav").write_bytes(data)
-    assert len(read_audio(tmp_path/"clip.wav")) == 16000
+    assert len(read_sound(tmp_path/"clip.wav", 16000)[0]) == 16000
 
 
 # Scaling

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from erc_moe import page as pages, page_sound
 from erc_moe.conversations import Conversation, Utterance
 from erc_moe.corpora import load_corpus
-from erc_moe.features.speech import read_audio
+from erc_moe.recordings import read_sound
 from erc_moe.training import Predictions
 
 VOID = {"meta", "img", "br", "input", "link", "hr"}
@@ -238,7 +238,7 @@ def test_the_sound_is_the_clips():
     facts = json.loads(next(d for d in page.data["script"] if d.startswith("{")))
     assert len(facts["heard"]) == len(conv)
     for u, (start, end) in zip(conv.utterances, facts["heard"]):
-        clip = read_audio(u.audio, rate)
+        clip = read_sound(u.audio, rate)[0]
         heard = sound[round(start * rate) : round(start * rate) + len(clip)]
         assert abs((end - start) * rate - len(clip)) < 1e-3 * rate
         like = np.array(

@@ -16,7 +16,7 @@ from erc_moe.corpora import Corpus, FeatureTable, load_corpus
 from erc_moe.corpora.core import PROSODY8
 from erc_moe.features.pipeline import FeaturePipeline
 from erc_moe.features.prosody import Prosody8, praat, prosody8, sixteen_bit, syllable_nuclei
-from erc_moe.features.speech import read_audio
+from erc_moe.recordings import read_sound
 
 RATE = 16000
 AUDIO = {u.audio.stem: u.audio for c in load_corpus("sample").conversations for u in c.utterances}
@@ -42,14 +42,14 @@ def test_the_sample_corpus_is_measured_as_an_independent_script_measured_it():
 
 
 def test_the_kind_of_file_does_not_matter(tmp_path):
-    samples = read_audio(AUDIO["aquarium_10"], RATE)
+    samples = read_sound(AUDIO["aquarium_10"], RATE)[0]
     held = sixteen_bit(samples)
     rows = []
     kinds = {"a.wav": "PCM_16", "b.wav": "PCM_24", "c.wav": "FLOAT", "d.flac": "PCM_16",
              "e.flac": "PCM_24"}
     for name, subtype in kinds.items():
         soundfile.write(tmp_path/name, held, RATE, subtype)
-        rows.append(prosody8(read_audio(tmp_path/name, RATE), RATE))
+        rows.append(prosody8(read_sound(tmp_path/name, RATE)[0], RATE))
     for row in rows: assert np.array_equal(row, prosody8(samples, RATE))
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..conversations import Conversation, DataError, Utterance
 from .text import load_options
 from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder, adapt
-from ..features.speech import RATE, SHORTEST, read_audio
+from ..features.speech import RATE
+from ..recordings.sound import SHORTEST, read_sound, sound_length
 from ..features.text import Pretrained, sha256_file, token_batches
 
 # %% ../../nbs/522_speech_encoder.ipynb #df3e82b6
@@ -95,7 +95,7 @@ class SpeechData(UtteranceData):
     def wave(self, i: int) -> np.ndarray:
         "float32 (T,): what is heard of utterance `i`."
         if not self.lengths[i]: return np.zeros(round(SHORTEST*RATE), np.float32)
-        wave = read_audio(self.utterances[i].audio, RATE, self.utterances[i].id)
+        wave = read_sound(self.utterances[i].audio, RATE, self.utterances[i].id)[0]
         spare = len(wave) - self.most
         if spare <= 0: return wave
         start = (
@@ -128,10 +128,10 @@ def clip_length(
     """Length of an utterance's clip, from the file's header where that will do. `DataError` for
     a clip that cannot be read."""
     if utterance.audio is None: return 0
-    try: known = soundfile.info(utterance.audio).duration if missing == "error" else 0
-    except soundfile.LibsndfileError: known = 0
-    if known >= SHORTEST: return round(known*RATE)
-    try: return len(read_audio(utterance.audio, RATE, utterance.id))
+    try:
+        known = sound_length(utterance.audio, utterance.id) if missing == "error" else 0
+        if known >= SHORTEST: return round(known*RATE)
+        return len(read_sound(utterance.audio, RATE, utterance.id)[0])
     except DataError:
         if missing == "error": raise
         return 0

@@ -3,7 +3,7 @@ from .importers import LAYOUTS, ImportedFeatures, FileLayout, import_features
 from .pickles import read_pickle
 from .pipeline import FeaturePipeline, cache_folder
 from .prosody import Prosody8, prosody8
-from .speech import OPENSMILE_SETS, OpenSmile, read_audio
+from .speech import OPENSMILE_SETS, OpenSmile
 from .store import Extractor, FeatureStore, atomic_write, extract
 from .text import TextEncoder
 from .visual import DenseNet, DenseNetEncoder, read_frames

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'SHORTEST', 'LONGEST', 'SLACK', 'EXACT', 'decode_once', 'resample', 'read_sound', 'sound_length', 'sound_key',
-           'sound_fault']
+           'prepare_sounds', 'sound_fault']
 
 # %% ../../nbs/510_recorded_sound.ipynb #8aeba8db
 import hashlib
@@ -174,6 +174,16 @@ def sound_key(
     return hashlib.sha256(f"{key} {clip.start} {clip.end} {clip.channel}".encode()).hexdigest()[:32]
 
 # %% ../../nbs/510_recorded_sound.ipynb #26eae7ca
+def prepare_sounds(
+    sources: list[Path|Clip],
+):
+    "Decode in this process what its helpers will cut; faults are told where they are read."
+    cut = {(s.path, s.channel): s for s in sources if isinstance(s, Clip) and not s.whole}
+    for clip in cut.values():
+        try: sound_length(clip)
+        except DataError: pass
+
+# %% ../../nbs/510_recorded_sound.ipynb #78dbaef1
 def sound_fault(
     samples: np.ndarray,   # float32 (T,)
 ) -> str|None:             # "silent", "clipped" or None
