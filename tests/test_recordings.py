@@ -15,6 +15,8 @@ from scipy.signal import correlate
 import erc_moe.recordings.sound as sound_module
 from erc_moe.conversations import Clip, DataError
 from erc_moe.corpora import load_corpus
+from erc_moe.corpora.own import load_own
+from erc_moe.features import OpenSmile
 from erc_moe.recordings import (Turn, join_scene, load_recording, read_sound, read_transcript,
                                 sound_key, sound_length)
 
@@ -516,10 +518,10 @@ SUBTITLE = "1\n00:00:01,000 --> 00:00:02,000\n{}\n"
     ("a.csv", b"speaker,text,start\nAnn,Hi,soon\n", "turn 1: its start 'soon' is no time"),
     ("a.csv", b"speaker,text,start,end\nAnn,Hi,-1,2\n", "no time"),
     ("a.csv", b"speaker,text,start,end\nAnn,Hi,nan,2\n", "an end and no start"),
-    ("a.csv", b"speaker,text\nAnn,Hi, you\n", "line 2: 3 fields where the header has 2"),
+    ("a.csv", b"speaker,text\nAnn,Hi, you\n", "line 2 has 3 fields under 2 columns"),
     ("a.csv", b"speaker,words spoken\nAnn,Hi\n", "no column of words"),
     ("a.csv", b"", "is empty"), ("a.csv", b"speaker,text\n", "no turn|no column"),
-    ("a.jsonl", b'{"text": "Hi"\n', "line 1 is no JSON"), ("a.jsonl", b"[1]\n", "no JSON object"),
+    ("a.jsonl", b'{"text": "Hi"\n', "line 1 is no JSON"), ("a.jsonl", b"[1]\n", "is no object"),
     ("a.json", b"{", "is no JSON"), ("a.json", b"["*100_000, "is no JSON"),
     ("a.json", b"3", "no list of turns"),
     ("a.json", b'{"segments": [{"start": "x", "end": 2, "text": "Hi"}]}',
@@ -551,10 +553,13 @@ def test_what_may_be_wrong_is_told(tmp_path):
 @pytest.mark.parametrize("encoding, guess", [("utf-8-sig", False), ("utf-16", False),
                                              ("cp1252", True)])
 def test_encodings(tmp_path, encoding, guess):
-    (tmp_path/"a.txt").write_bytes("Zoë: Déjà vu, señor!\nJosé: Où ça?\n".encode(encoding))
+    chat = [Turn("Zoë", "J'ai été reçue à l'école, c'est décidé, je commence déjà en août !"),
+            Turn("José", "Où ça ? Félicitations, tu l'as bien mérité après toutes ces années."),
+            Turn("Zoë", "À côté de chez toi, près de la forêt ; on se verra très souvent.")]
+    lines = "".join(f"{t.speaker}: {t.text}\n" for t in chat)
+    (tmp_path/"a.txt").write_bytes(lines.encode(encoding))
     told = []
-    assert read_transcript(tmp_path/"a.txt", told=told) == [
-        Turn("Zoë", "Déjà vu, señor!"), Turn("José", "Où ça?")]
+    assert read_transcript(tmp_path/"a.txt", told=told) == chat
     assert bool(told) == guess
 
 
@@ -590,3 +595,52 @@ def test_words_alone_need_no_sound(tmp_path):
     (tmp_path/"chat.txt").write_text("Ann: I got the job!\nBen: No way!\n")
     conversation, = load_recording(None, tmp_path/"chat.txt").conversations
     assert conversation.id == "chat" and all(u.audio is None for u in conversation.utterances)
+
+
+# Tables
+
+HEAD = "conversation,order,speaker,text,audio,start,end"
+
+
+def write_rows(folder, turns, audio):
+    rows = [f'c,{i},{t.speaker},"{t.text}",{audio},{t.start},{t.end}' for i, t in enumerate(turns)]
+    (folder/"t.csv").write_text("\n".join([HEAD, *rows]) + "\n")
+    return folder/"t.csv"
+
+
+@pytest.mark.parametrize("name", ["talk.wav", "talk.m4a", "talk.mp4"])
+def test_rows_that_share_a_recording_hear_their_stretch(talk, tmp_path, name):
+    (tmp_path/name).write_bytes((talk[0]/name).read_bytes())
+    corpus = load_own(write_rows(tmp_path, talk[1], name))
+    for u, own in zip(corpus.conversations[0].utterances, talk[2]):
+        same_sound(read_sound(u.audio)[0], own, 0.25 if name != "talk.wav" else 2e-3)
+    told = f"utterances cut out of a longer recording by start and end: {len(talk[1])}."
+    assert told in corpus.faults
+
+
+def test_rows_that_share_a_recording_need_times(talk, tmp_path):
+    (tmp_path/"talk.wav").write_bytes((talk[0]/"talk.wav").read_bytes())
+    path = write_rows(tmp_path, talk[1], "talk.wav")
+    lines = path.read_text().splitlines()
+    lines[1:] = [line.rsplit(",", 1)[0] + "," for line in lines[1:]]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="utterance 'c_0': its sound talk.wav serves 6 utterances"):
+        load_own(path)
+
+
+def test_a_video_is_heard_where_there_is_no_sound_file(talk, tmp_path):
+    (tmp_path/"clip.mp4").write_bytes((talk[0]/"talk.mp4").read_bytes())
+    (tmp_path/"t.csv").write_text("conversation,speaker,text,video\nc,A,Hi,clip.mp4\nc,B,Oh,\n")
+    first, second = load_own(tmp_path/"t.csv").conversations[0].utterances
+    assert first.audio == first.video == tmp_path/"clip.mp4" and second.audio is None
+    whole = read_sound(talk[0]/"talk.wav")[0]
+    same_sound(read_sound(first.audio)[0][:len(whole)], whole, 0.25)
+
+
+def test_measures_follow_the_stretch_and_its_key(talk):
+    folder, turns, alone = talk
+    smile, clips = OpenSmile("egemaps"), [Clip(folder/"talk.flac", t.start, t.end) for t in turns]
+    rows = smile.rows(clips)
+    for row, own in zip(rows, alone):
+        assert np.allclose(row, smile.measure(np.round(own*32768)/32768), rtol=1e-2, atol=1e-2)
+    assert len({smile.content_key(c) for c in clips}) == len(clips)

@@ -13,6 +13,7 @@ import pandas as pd
 from ..conversations import DataError
 from .core import Corpus, build_corpus, read_features
 from .files import read_numbers, read_table, some
+from ..recordings.tables import find_sounds
 
 # %% ../../nbs/505_own_corpus.ipynb #21ac8be0
 def deal_splits(
@@ -50,11 +51,10 @@ def load_own(
     for cell, field in ((table["conversation"], "conversation"), (table["speaker"], "speaker")):
         for id in rows["id"][cell == ""][:1]:
             raise DataError(f"its {field} is empty", f"Name the {field}.", utterance=id)
-    for c, what in (("audio", "sound file"), ("video", "video")):
-        rows[c] = [
-            _clip(path.parent, what, *cells)
-            for cells in zip(rows["conversation"], rows["id"], column(c))]
-    faults = [
+    heard = {name: column(name) for name in ("audio", "video", "start", "end", "channel")}
+    found, cut = find_sounds(path.parent, rows[["conversation", "id"]].assign(**heard))
+    rows = rows.join(found)                                    # audio, video, start, end
+    faults = cut + [
         (
             splits and 0 < (rows.label == "").sum() < len(rows),
             f"utterances without a label: {(rows.label == '').sum()}; context only.")]
@@ -70,19 +70,10 @@ def load_own(
         raise DataError(
             "it has no split while others have", "Give every row a split, or none.", conv, id)
     arrays, told = _read_arrays(path, rows)
-    found = sorted(set(rows["label"]) - {""})
+    held = sorted(set(rows["label"]) - {""})
     return build_corpus(
-        path.stem, labels or found, rows.sort_values("order", kind="stable"), faults + told,
+        path.stem, labels or held, rows.sort_values("order", kind="stable"), faults + told,
         arrays=arrays)
-
-# %% ../../nbs/505_own_corpus.ipynb #8037dc1e
-def _clip(folder, what, conversation, id, cell):
-    if not cell: return None
-    if not (folder/cell).is_file() and not (what == "video" and (folder/cell).is_dir()):
-        raise DataError(
-            f"its {what} {cell!r} does not exist beside the table",
-            f"Correct the path, or leave it empty if there is no {what}.", conversation, id)
-    return folder/cell
 
 # %% ../../nbs/505_own_corpus.ipynb #81e6ea31
 def _read_arrays(path, rows):

@@ -123,8 +123,10 @@ def _placed(file, track, av, fault):
     most = round(track.duration*track.time_base*rate) if exact else 0         # samples stated
     float32 = av.AudioResampler("flt")      # interleaved: planar arrays fail from 8 channels on
     for frame in file.decode(track):
-        for part in float32.resample(frame):
-            block = part.to_ndarray().reshape(part.samples, -1)               # (T, C)
+        planar = frame.format.name == "fltp" and frame.layout.nb_channels < 8        # as most are
+        for part in [frame] if planar else float32.resample(frame):
+            block = part.to_ndarray()
+            block = block.T if planar else block.reshape(part.samples, -1)           # (T, C)
             due = count + lead if frame.pts is None else round(
                 (float(frame.pts*frame.time_base) - zero)*rate)
             gap = due - count - lead                                          # samples

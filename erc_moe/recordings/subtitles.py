@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 from ..conversations import DataError
-from .transcripts import Turn, read_json, read_text, split_names
+from ..corpora.encodings import read_text
+from .transcripts import Turn, read_json, split_names
 
 # %% ../../nbs/512_subtitles.ipynb #fb8e1c3f
 def need(
