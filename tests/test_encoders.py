@@ -235,7 +235,7 @@ def test_another_transformer_in_the_same_folder_is_refused(hub, tmp_path):
         (dict(max_tokens=7), "8 or more"),
         (dict(context=-1), "0 or more"),
         (dict(pooling="max"), "attentive, mean, first, last"),
-        (dict(targets=["no_such_matrix"]), "Name its matrices in targets"),
+        (dict(targets=["no_such_matrix"]), "Its linear layers are called"),
         (dict(four_bit=True), "bitsandbytes"),
         (dict(labels=["joy"]), "1 labels for 3 classes"),
     ],
@@ -599,7 +599,7 @@ def test_salmonn_is_known_by_all_its_parts(tmp_path, clips, monkeypatch):
         ("wavlm-base", dict(targets=["q_proj"]), "does not pass through LoRA"),
         ("wavlm-base", dict(targets=r".*\.v_proj"), "does not pass through LoRA on v_proj"),
         ("qwen2-audio", dict(layer_decay=0.5), "do not apply to a speech LLM"),
-        ("hubert-base", dict(targets=["nothing"]), "Name its matrices in targets"),
+        ("hubert-base", dict(targets=["nothing"]), "Its linear layers are called"),
     ],
 )
 def test_speech_configuration_that_cannot_be(speech_hub, name, changes, problem):

@@ -152,12 +152,29 @@ class EmotionTextEncoder(UtteranceEncoder):
     modality, config_class = "text", TextEncoderConfig
 
     def load_base(self) -> nn.Module:
+        self.pretrained.check_text()
         base = self.pretrained.fetch(**load_options(self.config))
         if base.config.is_encoder_decoder: base = base.get_encoder()
         # BERT's layer for its first token, which nothing here reads
-        if getattr(base, "pooler", None) is not None: base.pooler = None
+        if getattr(base, "pooler", None) is not None: base.pooler = nn.Identity()
         base.config.use_cache = False  # nothing is generated
+        self._check_padding(base)
         return base
+
+    @torch.inference_mode()
+    def _check_padding(self, base):
+        place = torch.arange(12, device=base.device)
+        known = getattr(base.config.get_text_config(), "vocab_size", None) or 256
+        ids = ((place + 5) % known)[None].expand(2, -1)  # (2, 12)
+        short = place < torch.tensor([[5], [12]], device=base.device)  # (2, 12)
+        alone = base(input_ids=ids[:1, :5], attention_mask=torch.ones_like(ids[:1, :5]))
+        alone = alone.last_hidden_state[0]  # (5, D)
+        padded = base(input_ids=ids*short, attention_mask=short.long()).last_hidden_state[0, :5]
+        if (alone - padded).abs().max() > 0.05*alone.abs().max():
+            raise DataError(
+                f"what the encoder {self.config.encoder!r} says of a text depends on the texts "
+                "beside it: it reads their padding",
+                f"Take it as it is, --text hf:{self.config.encoder}, or tune another one.")
 
     @cached_property
     def tokenizer(self): return self.pretrained.fetch("AutoTokenizer")

@@ -147,15 +147,21 @@ def _given(name, values, present, ids, identity={}):
         else [f"{name}, utterances without a row: {(~present).sum()}; counted as not observed."])
     return _Rows(values, present, identity, _digest(ids, values.tobytes()), told)
 
-# %% ../../nbs/806_feature_pipeline.ipynb #e5c7a1db
-def _kind(source, arrays):
-    "What a term's name stands for; `DataError` that lists what there is."
+# %% ../../nbs/806_feature_pipeline.ipynb #9d0e4c73
+def _named(source, arrays):
+    "What a name stands for, whatever the modality."
     if source == "minilm" or source.startswith("hf:"): return "encoder"
     if source in OPENSMILE_SETS: return "opensmile"
     if source.startswith("densenet:"): return "densenet"
     if source in arrays or source == "prosody8": return "array"
     if (Path(source)/"manifest.json").is_file(): return "store"
     if Path(source).suffix in (".npy", ".safetensors") and Path(source).is_file(): return "file"
+    if Path(source).suffix in (".npy", ".safetensors") or "/" in source:
+        there = Path(source).exists()
+        raise DataError(
+            f"{source} is no feature store (it has no manifest.json)" if there
+            else f"the feature file or store {source} is missing",
+            "Check the path; a model of the hub is written hf:OWNER/MODEL.")
     raise DataError(
         f"unknown feature source {source!r}",
         "There are the text encoders minilm and hf:NAME, the openSMILE sets "
@@ -163,15 +169,33 @@ def _kind(source, arrays):
         f"arrays of this corpus ({', '.join(arrays) or 'it has none'}), and paths of a "
         "feature store, a .npy or a .safetensors file.")
 
+# %% ../../nbs/806_feature_pipeline.ipynb #e5c7a1db
+def _kind(source, arrays, modality):
+    """What a term's name stands for. `DataError` that lists what there is, and where it is of
+    another modality."""
+    kind = _named(source, arrays)
+    made_for = {"encoder": "text", "opensmile": "speech", "densenet": "visual"}.get(kind)
+    made_for = "speech" if source == "prosody8" else made_for
+    if made_for in (None, modality): return kind
+    if modality == "speech" and source.startswith("hf:"):
+        raise DataError(
+            f"{source!r} is read as a text encoder, and no source of speech",
+            f"Tune it on speech (erc_moe_tune --modality speech --encoder {source[3:]} --out RUN), "
+            "embed with it (erc_moe_embed RUN --out STORE), and name the store: --speech STORE")
+    raise DataError(
+        f"{source!r} is a source of {made_for}, and cannot stand for {modality}",
+        f"Name it as --{made_for} {source}")
+
 # %% ../../nbs/806_feature_pipeline.ipynb #6a2b38d3
 def _rows(source, kind, utterances, arrays, cache, missing, progress):
     "Rows of one term of a source for `utterances`."
     ids = [u.id for u in utterances]
     if kind == "encoder":
         encoder = TextEncoder(source.removeprefix("hf:"))
-        return _extracted(
-            encoder, encoder.embed, {u.id: u.text for u in utterances if u.text.strip()}, ids,
-            cache, missing, progress)
+        said = {u.id: u.text for u in utterances if u.text.strip()}
+        rows = _extracted(encoder, encoder.embed, said, ids, cache, missing, progress)
+        rows.told += encoder.notes(said)
+        return rows
     if kind == "opensmile":
         smile = OpenSmile(source)
         return _extracted(
@@ -249,9 +273,11 @@ class FeaturePipeline:
             [u for c in corpus.conversations for u in c.utterances],
             sum(map(len, corpus.splits["train"])))
         content, self.parts = [], {}
-        for modality, spec in self.sources.items():
-            for source, scope in parse_source(spec):
-                kind = _kind(source, corpus.arrays)
+        terms = {modality: [(source, scope, _kind(source, corpus.arrays, modality))
+                            for source, scope in parse_source(spec)]
+                 for modality, spec in self.sources.items()}     # all checked, none computed yet
+        for modality, named in terms.items():
+            for source, scope, kind in named:
                 rows = _rows(
                     source, kind, utterances, corpus.arrays,
                     cache is not False and cache_folder(cache), self.missing, progress)
