@@ -24,7 +24,7 @@ from torch import nn
 
 from erc_moe.conversations import ConversationBatch
 from erc_moe.ragged import keep_memory
-from erc_moe.training.results import write_json
+from erc_moe.files import write_json
 
 
 @dataclass

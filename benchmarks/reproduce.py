@@ -18,7 +18,8 @@ import torch
 
 from erc_moe.experiments.declare import Row
 from erc_moe.experiments.run import prepared, train_cell
-from erc_moe.training.results import provenance, write_json
+from erc_moe.files import write_json
+from erc_moe.training.results import provenance
 
 
 def begin(threads: int): torch.set_num_threads(threads)

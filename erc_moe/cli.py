@@ -245,17 +245,27 @@ def _print_result(summary, folder):
             help="Which split to score; may be given several times (default: validation and test).",
         ),
     ),
+    (
+        "--other",
+        dict(
+            action="store_true",
+            help="The corpus bears the name of the one that the run was trained on and is another "
+            "one: score it all the same. Utterances that the run was trained on may be among it.",
+        ),
+    ),
     ("--out", dict(metavar="FILE", help="Write the figures to this JSON file too.")),
 )
 def evaluate(args):
     import pandas as pd
     from erc_moe.training import Run
-    from erc_moe.training.results import percent, write_json
+    from erc_moe.files import write_json
+    from erc_moe.training.results import percent
     from erc_moe.corpora import load_corpus
     run = Run(args.run)
     scored = run.evaluate(
         load_corpus(args.corpus or run.summary["corpus"], args.data),
-        tuple(args.split or ("validation", "test")))
+        tuple(args.split or ("validation", "test")),
+        args.other)
     whole = "mixture" if "experts" in next(iter(scored.values())) else "model"
     rows = {
         name: {
@@ -498,6 +508,7 @@ def report(args):
 def extract(args):
     from erc_moe.corpora import load_corpus
     from erc_moe import features
+    from erc_moe.features.pipeline import contents
     if sum(map(bool, (args.text, args.speech, args.visual))) != 1:
         raise DataError("one kind of features at a time", "Give --text, --speech or --visual.")
     utterances = [
@@ -521,9 +532,11 @@ def extract(args):
             f"no utterance of {args.corpus} has "
             f"{'words' if args.text else 'a video' if args.visual else 'a sound file'}",
             "Check the corpus' folder.")
+    kind = "text" if args.text else "visual" if args.visual else "speech"
+    content = contents(utterances, kind)
     store = features.extract(
         features.FeatureStore(args.out, source.extractor), items, compute, args.missing,
-        progress=True)
+        progress=True, content=content)
     if absent := {
         u.id: "there is nothing to compute it from" for u in utterances if u.id not in store
     }:

@@ -55,7 +55,7 @@ def test_any_changed_byte_of_a_shard_is_found(tmp_path_factory, position):
     data = bytearray(shard.read_bytes())
     data[position % len(data)] ^= 0x10
     shard.write_bytes(data)
-    with pytest.raises(DataError, match=f"{shard.name} is damaged.*mend"):
+    with pytest.raises(DataError, match=f"{shard.name} is damaged.*repair"):
         FeatureStore(store.path).lookup(["a"])
 
 
@@ -315,15 +315,15 @@ def test_scaling_never_sees_validation_or_test():
     assert np.array_equal(a.mean, b.mean) and np.array_equal(a.std, b.std)
 
 
-def test_a_damaged_cache_is_named_with_the_mend(tmp_path):
+def test_a_damaged_cache_is_named_with_the_fix(tmp_path):
     corpus = make_corpus()
     pipeline = FeaturePipeline({"text": "minilm"}).fit(corpus, tmp_path)
     folder, = tmp_path.iterdir()
     shard, = folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(DataError, match=f"{shard.name} is damaged.*mend"):
+    with pytest.raises(DataError, match=f"{shard.name} is damaged.*repair"):
         pipeline.apply(corpus, cache=tmp_path)
-    FeatureStore(folder).mend()
+    FeatureStore(folder).repair()
     again = FeaturePipeline({"text": "minilm"}).fit(corpus, tmp_path)
     assert again.feature_hash == pipeline.feature_hash and np.array_equal(
         again.parts["text"][0].mean, pipeline.parts["text"][0].mean)

@@ -16,7 +16,8 @@ from sklearn.metrics import f1_score
 
 from erc_moe.corpora import SPLITS, load_corpus
 from erc_moe.features import FeaturePipeline
-from erc_moe.training.results import provenance, write_json
+from erc_moe.files import write_json
+from erc_moe.training.results import provenance
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 STRENGTHS = (0.1, 0.3, 1, 3, 10, 30)

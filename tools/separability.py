@@ -18,7 +18,8 @@ from sklearn.neighbors import NearestNeighbors
 from erc_moe.conversations import label_indices
 from erc_moe.corpora import load_corpus
 from erc_moe.features import FeaturePipeline
-from erc_moe.training.results import code_revision, write_json
+from erc_moe.files import write_json
+from erc_moe.training.results import code_revision
 
 
 def neighbours_f1(rows: np.ndarray, labels: np.ndarray, k: int = 10) -> float:     # (M, D), (M,)

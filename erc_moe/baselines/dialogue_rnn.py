@@ -86,7 +86,7 @@ class DialogueRecurrence(nn.Module):
         layout: Layout,
         backwards: bool = False,               # True: from each conversation's end
     # emotion states (M, E); the speakers' party states (M, P); attention (b, t, 1) of every step
-    # t > 0
+    # t > 0, [] where conversations are so long that it is not kept
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         G, P, D = self.global_cell.hidden_size, self.party_cell.hidden_size, x.shape[1]
         order = layout.steps(layout.length - 1 - layout.position if backwards else layout.position)
@@ -97,7 +97,7 @@ class DialogueRecurrence(nn.Module):
         (g_said, g_party), (q_said, q_past) = (
             c.weight_ih.split([D, c.weight_ih.shape[1] - D], 1)
             for c in (self.global_cell, self.party_cell))
-        no_bias = x.new_zeros(3*G)
+        no_bias, mapped = x.new_zeros(3*G), len(sizes)**2*sizes[0] <= 2**22
         said = F.linear(
             x[order], torch.cat([g_said, q_said, self.attend.weight]),
             torch.cat([self.global_cell.bias_ih, self.party_cell.bias_ih, no_bias[:G]]))
@@ -114,8 +114,9 @@ class DialogueRecurrence(nn.Module):
             q = rows[place]  # (b, P) the speakers' states
             q_to_g, q_to_q = F.linear(q, *of_party).split([3*G, 3*P], 1)
             if past.shape[1]:
-                maps.append(torch.bmm(past, key[:, :, None]).softmax(1))  # (b, t, 1)
-                context = torch.bmm(maps[-1].transpose(1, 2).to(past), past)[:, 0]  # (b, G)
+                heard = torch.bmm(past, key[:, :, None]).softmax(1)  # (b, t, 1)
+                if mapped: maps.append(heard)
+                context = torch.bmm(heard.transpose(1, 2).to(past), past)[:, 0]  # (b, G)
                 to_q = to_q + F.linear(context, q_past)
             g = _gru(
                 to_g + q_to_g, F.linear(g, self.global_cell.weight_hh, self.global_cell.bias_hh), g)

@@ -16,13 +16,13 @@ from difflib import SequenceMatcher
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from ..conversations import Conversation, DataError, Utterance
 from ..corpora.core import Corpus
 from ..corpora.files import some
 from .pickles import read_pickle
-from .pipeline import cache_folder
-from .store import Extractor, FeatureStore, atomic_write
+from .pipeline import cache_folder, contents
+from .store import Extractor, FeatureStore
+from ..files import atomic_write, locked, read_json
 
 # %% ../../nbs/507_feature_files.ipynb #bb893954
 # modality -> what the field calls it
@@ -441,14 +441,15 @@ def import_features(
         asked=asked)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = Path(out) if out else cache_folder(cache)/"imported"/name
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/".lock"):
+    with locked(folder/".lock", folder):
         if not (folder/"import.json").exists():
             value = read_pickle(paths[0])
             if len(paths) > 1: value = [*value, *map(read_pickle, paths[1:])]
             record = key | _convert(value, corpus, key, layout, folder)
             atomic_write(folder/"import.json", json.dumps(record, indent=1).encode())
-        record = json.loads((folder/"import.json").read_bytes())
+        record = read_json(
+            folder/"import.json", f"Delete {folder} and import again.",
+            ("layout", "widths", "agreement", "told"))
     if differs := [k for k in key if record.get(k) != key[k]]:
         raise DataError(
             f"{folder} holds another import (its {some(differs)} differs)",
@@ -468,6 +469,7 @@ def _convert(value, corpus, key, layout, folder):
     same_test, splits = _tell_splits(entries, corpus)
     widths, there, ids = (
         {}, set(rows.utterance), [u.id for c in corpus.conversations for u in c.utterances])
+    content = contents([u for c in corpus.conversations for u in c.utterances], "text")
     for m in (m for m in MODALITIES if m in entries):
         values = _values(entries[m], rows, m)
         sound, empty = np.isfinite(values).all(1), ~values.any(1)
@@ -485,7 +487,8 @@ def _convert(value, corpus, key, layout, folder):
             Extractor(
                 f"{layout.name} {m}", key["sha256"], widths[m],
                 {"file": key["file"], "entries": layout.entries}))
-        if store.missing(ids): store.add(rows.utterance[sound].tolist(), values[sound], absent)
+        if store.missing(ids):
+            store.add(rows.utterance[sound].tolist(), values[sound], absent, content)
     agree = ", ".join(f"{k} agree in {v:.2%}" for k, v in agreement.items())
     told = [
         f"{len(rows)} utterances of {rows.conversation.nunique()} conversations in the "

@@ -108,7 +108,8 @@ class SureOutput:
     # modality -> (B, N, E) weights of the chosen experts, 0 for the others
     routing: dict[str, Tensor]
     uncertainty: dict[str, Tensor]      # modality -> (B, N, E) mean sigma of every expert
-    # modality -> (S, B, N, N) whom each step of the reasoning attends to, row i to column j
+    # modality -> (S, B, N, N) whom each step of the reasoning attends to, row i to column j; {}
+    # where conversations are so long that it is not kept (`MAPPED`)
     attention: dict[str, Tensor]
     divergence: Tensor                  # () mean over observed utterances, experts and modalities
     balance: Tensor                     # () mean over modalities; 1: even
@@ -144,7 +145,8 @@ class Sure(nn.Module, Checkpoint, library_name="erc_moe"):
             for m, net in self.moe.items(): xs[m], routed[m] = net(xs[m])
         if c.reasoning:
             cues, maps = reason([*self.reasoning.values()], [*xs.values()], [*own.values()])
-            xs, attention = dict(zip(xs, cues)), dict(zip(xs, maps))
+            attention = {m: a for m, a in zip(xs, maps) if a is not None}
+            xs = dict(zip(xs, cues))
         streams = torch.stack([layout.flat(own[m].padded(x)) for m, x in xs.items()])  # (S, M, d)
         # (S, M, d)
         final = self.transformer(

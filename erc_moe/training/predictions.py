@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..conversations import Conversation, DataError, label_indices
 from ..evaluation.calibration import calibrate
-from ..features.store import atomic_write
+from ..files import atomic_write
 from ..page import NOTE, Frame, fragment_html, framed, make_views, page_html
 from .loop import Scores
 

@@ -6,7 +6,6 @@
 __all__ = ['Run', 'configure', 'inverse_frequency', 'train']
 
 # %% ../../nbs/603_runs.ipynb #b106191b
-import json
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,11 @@ from ..corpora import load_corpus
 from ..corpora.core import Corpus, FeatureTable
 from ..features import FeaturePipeline, import_features
 from ..features.attach import attach
+from ..files import read_json
 from ..models import find_model, parse_changes
 from .folder import (
-    begin_run, read_predictions, summarise_run, temporary_folder, train_seed)
+    begin_run, check_corpus, check_seeds, read_log, read_predictions, summarise_run,
+    temporary_folder, train_seed)
 from .loop import SELECTION, ConversationTensors, TrainingConfig, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, result_table
@@ -41,7 +42,9 @@ class Run:
                 "Repeat the command that began it: it carries on where it stopped."
                 if begun
                 else "Give a folder that erc_moe_train wrote.")
-        self.summary = json.loads((self.folder/"summary.json").read_text(encoding="utf-8"))
+        self.summary = read_json(
+            self.folder/"summary.json", "Repeat the command that trained it: it writes the file again.",
+            ("model", "corpus", "labels", "seeds", "features", "validation", "test"))
         self.entry, self.labels, self.seeds = (
             find_model(self.summary["model"]), self.summary["labels"], self.summary["seeds"])
 
@@ -68,8 +71,12 @@ class Run:
         """The trained model of one seed; a `DataError` where the checkpoint is not of this run's
         model, labels or features."""
         folder = self.seed_folder(seed)/name
+        fix = (
+            f"Delete {folder.parent/'result.json'} and repeat the command that trained it: this "
+            "seed is trained again.")
         if not (folder/"config.json").exists():
-            raise DataError(f"there is no model in {folder}", "Train this run again.")
+            raise DataError(f"there is no model in {folder}", fix)
+        read_json(folder/"config.json", fix)
         model = self.entry.load(folder)
         for what, found, wanted in (
             ("kind", getattr(model.config, "model", self.entry.name), self.entry.name),
@@ -92,9 +99,7 @@ class Run:
 
     def log(self, seed: int|None = None) -> list[dict]:
         "The training log: a dictionary per epoch."
-        return [
-            json.loads(line)
-            for line in (self.seed_folder(seed) / "log.jsonl").read_text().splitlines()]
+        return read_log(self.seed_folder(seed))
 
     def predictions(self,
         seed: int|None = None,    # None: the first
@@ -134,13 +139,26 @@ class Run:
     def evaluate(self,
         corpus: Corpus,                                # with the run's labels
         splits: tuple[str, ...] = ("validation", "test"),
+        other: bool = False,    # True: it bears the name of the run's corpus and is another one
     ) -> dict:                                         # split -> figures over seeds
         "Score the saved models on a corpus, the run's own or another with the same labels."
+        for s in splits:
+            if not corpus.splits.get(s):
+                raise DataError(f"{corpus.name} has no {s} split", "Score another split.")
         if corpus.labels != self.labels:
             raise DataError(
                 f"{corpus.name} has the labels {', '.join(corpus.labels)}, the run "
                 f"{', '.join(self.labels)}",
                 "Evaluate on a corpus with the same label set.")
+        if (
+            not other
+            and corpus.name == self.summary["corpus"]
+            and corpus.split_hash != self.summary["split_hash"]
+        ):
+            raise DataError(
+                f"this is not the {corpus.name} that the run was trained on: its utterances, labels "
+                "or splits differ, and what it trained on may be among what is scored",
+                "Give the corpus as it was; or say other=True (--other) to score it as another one.")
         prepared = self.pipeline.apply(corpus)
         return {
             s: gather_seeds([
@@ -215,9 +233,9 @@ def train(
     if protocol not in SELECTION:
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
-    entry, seeds = find_model(model), list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seeds: raise DataError("no seeds were given", "Give at least one.")
+    entry, seeds = find_model(model), check_seeds(seeds)
     corpus = corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data)
+    check_corpus(corpus)
     imported = import_features(features, corpus, cache=cache) if features else None
     if imported: corpus = replace(corpus, faults=corpus.faults + imported.record["told"])
     sources = {
@@ -228,6 +246,8 @@ def train(
         raise DataError(
             "no features were asked for",
             "Name a source for one modality at least, for example text=\"minilm\" (--text minilm).")
+    # what cannot be is told before features are computed, whatever their widths will be
+    configure(model, corpus, dict.fromkeys(sources, 2), preset, changes)
     pipeline = FeaturePipeline(sources).fit(corpus, cache, progress)
     prepared = pipeline.apply(corpus, cache=cache)
     config, training = configure(model, corpus, pipeline.widths, preset, changes)
@@ -254,5 +274,5 @@ def train(
             lambda: entry.model(config), prepared, training, seed, folder / f"seed-{seed}",
             protocol=protocol, device=device, checkpoint_seconds=checkpoint_seconds,
             progress=progress)
-    summarise_run(folder, settings, seeds, corpus, device, command)
+    summarise_run(folder, settings, seeds, prepared, device, command)
     return Run(folder)
