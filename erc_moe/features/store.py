@@ -132,8 +132,7 @@ class FeatureStore:
                 f"that is {self.extractor.width} wide",
                 f"Add what {self.extractor.name} computes, one row per utterance.",
                 utterance=ids[0])
-        undefined = np.isnan(values) & (self.extractor.parameters.get("undefined") == "NaN")
-        for i in np.flatnonzero(~(np.isfinite(values) | undefined).all(1))[:1]:
+        for i in np.flatnonzero(self._impossible(values).any(1))[:1]:
             raise DataError(
                 "its features hold NaN or infinity",
                 "Extract it again, or add it as absent with the reason.", utterance=ids[i])
@@ -171,6 +170,10 @@ class FeatureStore:
                     utterance=i)
         return [i for i in content if i in self and i not in self._content]
 
+    def _impossible(self, values):     # bool (M, D)
+        undefined = np.isnan(values) & (self.extractor.parameters.get("undefined") == "NaN")
+        return ~(np.isfinite(values) | undefined)
+
     def _load(self, shard):                                    # -> (rows of the shard, D)
         file = self.path/shard["file"]
         try:
@@ -180,7 +183,8 @@ class FeatureStore:
             values = load_tensors(data)["values"]
             if values.shape != (len(shard["ids"]), self.extractor.width):
                 raise SafetensorError(f"its rows have shape {values.shape}")
-            if not np.isfinite(values).all(): raise SafetensorError("it holds NaN or infinity")
+            if self._impossible(values).any():
+                raise SafetensorError("it holds NaN or infinity")
         except (OSError, SafetensorError, KeyError) as e:
             problem = "it is missing" if isinstance(e, FileNotFoundError) else e
             raise DataError(

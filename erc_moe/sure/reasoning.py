@@ -24,9 +24,10 @@ def _read_long(
     "What attention brings, conversation by conversation, without a map of all pairs."
     sizes = [n for n in layout.mask.sum(1).tolist() if n]
     if not sizes: return questions
-    parts = zip(questions[None, None].split(sizes, 2), keys.to(questions)[None, None].split(sizes, 2))
+    # (1, 1, n, D) each
+    parts = (x[None, None].split(sizes, 2) for x in (questions, keys.to(questions)))
     return torch.cat(
-        [F.scaled_dot_product_attention(q, k, k, scale=1.0) for q, k in parts], 2)[0, 0]
+        [F.scaled_dot_product_attention(q, k, k, scale=1.0) for q, k in zip(*parts)], 2)[0, 0]
 
 # %% ../../nbs/301_iterative_reasoning.ipynb #a8bf0909
 class IterativeReasoning(nn.Module):

@@ -33,7 +33,8 @@ def scoring_batches(
     "Batches of like length whose memory is bounded, or single conversations."
     batches = []
     for i in lengths.argsort(stable=True).tolist():
-        if batches and len(batches[-1]) < min(most, pairs//int(lengths[i])**2): batches[-1].append(i)
+        room = min(most, pairs//int(lengths[i])**2)
+        if batches and len(batches[-1]) < room: batches[-1].append(i)
         else: batches.append([i])
     return [torch.tensor(b) for b in batches]
 

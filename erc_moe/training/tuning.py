@@ -23,7 +23,8 @@ from ..features.store import Extractor, FeatureStore
 from ..features.text import sha256_file
 from ..models import parse_changes
 from .folder import (
-    begin_run, check_corpus, check_seeds, first_process, read_log, summarise_run, temporary_folder, train_seed)
+    begin_run, check_corpus, check_seeds, first_process, read_log, summarise_run,
+    temporary_folder, train_seed)
 from .loop import SELECTION, TrainingConfig
 from .results import result_table
 
