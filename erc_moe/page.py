@@ -210,8 +210,8 @@ def policy(
     return (f"default-src 'none'; style-src {mark(style)}; script-src {mark(script)}; "
             f"img-src data:; media-src {media}; base-uri 'none'; form-action 'none'")
 
-# %% ../nbs/608_page.ipynb #cebbf734
-EMBEDDED = 8*2**20    # bytes of Opus that a page carries itself, about 40 minutes
+# %% ../nbs/608_page.ipynb #1740f10e
+EMBEDDED = 10*2**20    # bytes of Opus that a page carries itself, about 40 minutes
 NOTE = ("A model made these estimates from words and voice. It is often wrong, and knows nothing "
         "of what people feel. Use them to find places worth hearing, never to judge a person.")
 

@@ -279,7 +279,7 @@ def test_three_hours_stay_quick(pages, tab):
             await new Promise(requestAnimationFrame);
         }}""")
     assert (cpu() - before) / 40 < 0.1, "a turn"
-    page.get_by_role("button", name="Wider").click()
+    page.locator(".zoom .in").click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
