@@ -279,6 +279,8 @@ def test_three_hours_stay_quick(pages, tab):
             await new Promise(requestAnimationFrame);
         }}""")
     assert (cpu() - before) / 40 < 0.1, "a turn"
+    box = page.locator(".detail").bounding_box()
+    assert 0 < box["y"] < 600, "the details stay in sight"
     page.locator(".zoom .in").click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
