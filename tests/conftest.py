@@ -2,7 +2,8 @@
 
 import pytest
 
-MARKS = {"browser": "needs Debian's chromium and Playwright: make test-browser"}
+MARKS = {"browser": "needs Debian's chromium and Playwright: make test-browser",
+         "listen": "needs faster-whisper and Whisper-base: make test-listen"}
 
 
 def pytest_configure(config):

@@ -65,10 +65,13 @@ def listen(
     turns, length = [], sound_length(Path(path))
     for speaker, channel in (channels or {"": None}).items():
         for begin, samples in pieces(Path(path), channel):
-            segments, _ = model.transcribe(samples, language=language, vad_filter=True,
-                                           condition_on_previous_text=False)
-            turns += [Turn(speaker, s.text.strip(), begin + s.start, min(begin + s.end, length))
-                      for s in segments if s.text.strip() and begin + s.start < length]
+            segments, _ = model.transcribe(
+                samples, language=language, vad_filter=True, word_timestamps=True,
+                condition_on_previous_text=False)
+            times = [(s.text.strip(), begin + float(s.start), begin + float(s.end))
+                     for s in segments]
+            turns += [Turn(speaker, text, start, min(end, length))
+                      for text, start, end in times if text and start < min(end, length)]
     if not turns:
         raise DataError(f"no speech is heard in {Path(path).name}",
                         "Check the sound, or give a transcript.")
