@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DAMAGE', 'HOW', 'PRETRAINED', 'read_conversations', 'is_chat', 'Predictor', 'load', 'predict_file']
 
-# %% ../nbs/605_predict.ipynb #8d85ec1e
+# %% ../nbs/605_predict.ipynb #9b04c6f6
 import json
 import re
 import tempfile
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+import erc_moe
 from .conversations import Conversation, DataError, Utterance
 from .corpora.core import Corpus, FeatureTable
 from .corpora.files import read_table
@@ -260,8 +261,8 @@ HOW = (
 def _unlabelled(c):
     return replace(c, utterances=tuple(replace(u, label=None) for u in c.utterances))
 
-# %% ../nbs/605_predict.ipynb #0494d13c
-PRETRAINED = Path(__file__).parent/"pretrained"
+# %% ../nbs/605_predict.ipynb #6bbd2b8d
+PRETRAINED = Path(erc_moe.__file__).parent/"pretrained"
 
 def load(
     # of the box; a run's folder, or one that `save` wrote; a hub repository
@@ -287,6 +288,7 @@ def load(
             f"{name} is no folder, and the hub does not give it ({type(e).__name__})", HOW
         ) from e
 
+# %% ../nbs/605_predict.ipynb #29b60b93
 def predict_file(
     run: "Predictor|Run|str|Path",          # what `load` takes, or a run
     table: str|Path,                        # see `read_conversations`
