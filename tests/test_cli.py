@@ -300,7 +300,7 @@ def test_extract_and_use(table, tmp_path, capsys):
             "epochs is 0",
         ),
         ("evaluate", ["nowhere"], 1, "holds no summary.json"),
-        ("predict", ["nowhere", "talk.csv"], 1, "holds no summary.json"),
+        ("predict", ["nowhere", "talk.csv"], 1, "there is no model 'nowhere'"),
         ("report", ["nowhere"], 1, "holds no summary.json"),
         ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give --text, --speech or --visual"),
         ("download", ["iemocap", "--out", "x"], 1, "not openly downloadable"),
