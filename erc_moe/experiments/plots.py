@@ -13,11 +13,10 @@ from ..conversations import DataError
 from ..evaluation import bootstrap_interval
 from .declare import Experiment, find_experiment
 from .ledger import Ledger
-from .tables import difference, results
+from .tables import CORPORA, difference, results
 
 # %% ../../nbs/835_result_plots.ipynb #29b7123e
-CORPUS_NAMES = dict(
-    iemocap="IEMOCAP", meld="MELD", mosi="CMU-MOSI", emorynlp="EmoryNLP", sample="sample corpus")
+CORPUS_NAMES = CORPORA
 OURS, PAPERS = "#333333", "#d55e00"
 _STRICT = dict(marker="o", ms=6, color=OURS, ls="none", label="ours, strict")
 _SELECTED = dict(marker="o", ms=6, mfc="white", mec=OURS, ls="none", label="ours, test-selected")
@@ -35,7 +34,7 @@ def _names(experiment, names):
 # %% ../../nbs/835_result_plots.ipynb #75ff6bae
 def _panels(corpora, height, width, sharey):
     fig, axes = plt.subplots(
-        1, len(corpora), figsize=(width, height), dpi=90, sharey=sharey, squeeze=False,
+        1, len(corpora), figsize=(width, height), dpi=100, sharey=sharey, squeeze=False,
         layout="constrained")
     for ax, corpus in zip(axes[0], corpora):
         ax.set_title(CORPUS_NAMES.get(corpus, corpus), fontsize=10)
@@ -60,8 +59,8 @@ def _legend(panels):
         label: h for ax in panels.values() for h, label in zip(*ax.get_legend_handles_labels())}
     if not handles: return
     next(iter(panels.values())).figure.legend(
-        handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False,
-        fontsize=8)
+        handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 3), frameon=False,
+        fontsize=9)
 
 # %% ../../nbs/835_result_plots.ipynb #205d7a3c
 def _name_rows(panels, names, bold):
@@ -81,7 +80,7 @@ def plot_rows(
     corpora: tuple[str, ...] = (),           # (): all that it is declared on
     names: tuple[str, ...] = (),             # rows to draw, in this order; (): all
     preset: str = "cpu",
-    width: float = 10,                       # inches
+    width: float = 8,                        # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
     """Weighted F1 of every row: ours with its seeds and interval, under both protocols, beside
     the paper's."""
@@ -116,7 +115,7 @@ def plot_differences(
     names: tuple[str, ...] = (),  # rows to draw, in this order; (): all but the reference
     reference: str = "",                     # "": the experiment's
     preset: str = "cpu",
-    width: float = 10,                       # inches
+    width: float = 8,                        # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
     """Weighted F1 of every row less the reference's: strict, paired bootstrap over
     conversations, beside the paper's difference."""
@@ -136,10 +135,10 @@ def plot_differences(
                 apart = d.low > 0 or d.high < 0
                 ax.plot(
                     100 * d.difference, y, "o", ms=6, color=OURS, mfc=OURS if apart else "white",
-                    label="ours, zero outside the 95 % interval" if apart else "ours, zero inside")
+                    label="ours, 95 % CI leaves out 0" if apart else "ours, 95 % CI includes 0")
             if corpus in paper and corpus in there:
                 ax.plot(paper[corpus] - there[corpus], y, **_PAPER)
-        ax.set_xlabel(f"weighted F1 less {reference}'s")
+        ax.set_xlabel(f"weighted F1 less {reference}'s" if len(corpora) < 3 else "points")
     _name_rows(panels, shown, ""); _legend(panels)
     return panels
 
@@ -152,7 +151,7 @@ def plot_curve(
     setting: str = "",
     label: str = "",                         # of the setting
     preset: str = "cpu",
-    width: float = 9,                        # inches
+    width: float = 8,                        # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
     """Weighted F1 over the values of a setting, ours under both protocols with the seeds'
     spread, and the paper's points."""

@@ -90,14 +90,14 @@ def training_cost(
 # %% ../../nbs/837_trainings.ipynb #94631cff
 def plot_trainings(
     trained: list[Result],       # a panel each
-    width: float = 10,           # inches
+    width: float = 8,            # inches
 ) -> dict[str, Axes]:            # corpus -> panel
     """Weighted F1 over epochs on validation and test, a line per seed, with the epochs that both
     protocols chose."""
     if not trained:
         raise DataError("no training to draw", "Run erc_moe_reproduce with its experiment first.")
     fig, axes = plt.subplots(
-        1, len(trained), figsize=(width, 3), dpi=90, squeeze=False, layout="constrained")
+        1, len(trained), figsize=(width, 3), dpi=100, squeeze=False, layout="constrained")
     for ax, result in zip(axes[0], trained):
         for r in result.records:
             epochs, strict, selected = (
@@ -128,8 +128,8 @@ def plot_trainings(
     axes[0, 0].set_ylabel("weighted F1")
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
     fig.legend(
-        handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False,
-        fontsize=8)
+        handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 3), frameon=False,
+        fontsize=9)
     return {result.corpus: ax for result, ax in zip(trained, axes[0])}
 
 # %% ../../nbs/837_trainings.ipynb #c8b4f59e
