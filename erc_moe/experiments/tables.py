@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_DIFFERENCE', 'CORPORA', 'Result', 'results', 'committed', 'difference', 'with_interval', 'table', 'Side', 'Claim',
-           'verdict', 'standing', 'check', 'shown', 'statuses']
+           'verdict', 'standing', 'check', 'styled', 'statuses']
 
 # %% ../../nbs/834_tables.ipynb #0510ab36
 import json, os, re
@@ -191,7 +191,7 @@ def verdict(
 # %% ../../nbs/834_tables.ipynb #476032f5
 def standing(
     differences: dict[str, Difference],    # other system -> ours less it
-) -> str:                                  # "above a, b; no significant difference from c"
+) -> str:                                  # "above a, b; not significantly different from c"
     "Which systems it is above, not significantly different from, and below, by the same rule."
     named = {
         v: [name for name, d in differences.items() if verdict(d) == v]
@@ -199,7 +199,7 @@ def standing(
     return "; ".join(
         f"{words} {', '.join(named[v])}"
         for v, words in (
-            ("confirmed", "above"), (NO_DIFFERENCE, f"{NO_DIFFERENCE} from"), ("reversed", "below"))
+            ("confirmed", "above"), (NO_DIFFERENCE, "not significantly different from"), ("reversed", "below"))
         if named[v])
 
 # %% ../../nbs/834_tables.ipynb #048be450
@@ -244,23 +244,26 @@ _LOOK = {
 
 # %% ../../nbs/834_tables.ipynb #7e1d0a14
 def _written(
-    x,            # a cell of a table
+    x,                  # a cell of a table
+    digits: int = 1,    # of a float
 ) -> str:
     "A number as it is printed: a true minus, no negative zero, spaces that do not break."
-    if isinstance(x, float): x = "" if np.isnan(x) else f"{x:.1f}"
+    if isinstance(x, float): x = "" if np.isnan(x) else f"{x:.{digits}f}"
     text = re.sub(r"(?<![\w.])-(?=\d)", "−", "" if x is None else str(x))
     text = re.sub(r"[+−](?=0(\.0+)?(?![.\d]))", "", text)
     return re.sub(r"\s", "\u00a0", text) if _NUMBER.fullmatch(text) else text
 
 # %% ../../nbs/834_tables.ipynb #7e1d0a15
-def shown(
+def styled(
     frame: pd.DataFrame,     # of words, numbers, "60.0 ± 0.5", "+1.2 (−0.3 to +2.7)"
     name: str,               # of the table, once a page
     index: bool = True,      # whether the rows' names are shown
+    digits: int = 1,         # of floats
 ) -> Styler:
     "A table to read, the same in JupyterLab and on the site."
     frame = frame.rename(columns=lambda c: CORPORA.get(c, c), index=lambda i: CORPORA.get(i, i))
-    text = frame.map(lambda x: CORPORA.get(x, _written(x)) if isinstance(x, str) else _written(x))
+    text = frame.map(
+        lambda x: CORPORA.get(x, _written(x)) if isinstance(x, str) else _written(x, digits))
     kind = text.map(lambda x: "number" if _NUMBER.fullmatch(x) else x)
     kind = kind.where(kind.isin(["number", "confirmed", "reversed"]), "")
     look = _LOOK | {
