@@ -59,8 +59,8 @@ def _legend(panels):
         label: h for ax in panels.values() for h, label in zip(*ax.get_legend_handles_labels())}
     if not handles: return
     next(iter(panels.values())).figure.legend(
-        handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 3), frameon=False,
-        fontsize=9)
+        handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 3),
+        frameon=False, fontsize=9)
 
 # %% ../../nbs/835_result_plots.ipynb #205d7a3c
 def _name_rows(panels, names, bold):

@@ -199,7 +199,8 @@ def standing(
     return "; ".join(
         f"{words} {', '.join(named[v])}"
         for v, words in (
-            ("confirmed", "above"), (NO_DIFFERENCE, "not significantly different from"), ("reversed", "below"))
+            ("confirmed", "above"), (NO_DIFFERENCE, "not significantly different from"),
+            ("reversed", "below"))
         if named[v])
 
 # %% ../../nbs/834_tables.ipynb #048be450

@@ -128,8 +128,8 @@ def plot_trainings(
     axes[0, 0].set_ylabel("weighted F1")
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))
     fig.legend(
-        handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 3), frameon=False,
-        fontsize=9)
+        handles.values(), handles, loc="outside upper center", ncols=min(len(handles), 3),
+        frameon=False, fontsize=9)
     return {result.corpus: ax for result, ax in zip(trained, axes[0])}
 
 # %% ../../nbs/837_trainings.ipynb #c8b4f59e
