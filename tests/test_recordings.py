@@ -242,6 +242,7 @@ def bad(tmp_path_factory):
     x = 0.1*np.random.default_rng(0).normal(size=RATE)
     soundfile.write(folder/"a.flac", x, RATE), soundfile.write(folder/"a.wav", x, RATE)
     soundfile.write(folder/"slow.wav", x, 1), write_sound(folder/"a.m4a", np.tile(x, 20))
+    write_sound(folder/"a.ts", np.tile(x, 20))
     flac, wav, m4a = ((folder/n).read_bytes() for n in ("a.flac", "a.wav", "a.m4a"))
     with av.open(str(folder/"mute.mp4"), "w") as out:
         track = out.add_stream("mpeg4", rate=25)
@@ -263,8 +264,8 @@ def bad(tmp_path_factory):
         "half a flac": (claim(folder/"half.flac", flac[:len(flac)//2]), "cut short|cannot be read"),
         "half an m4a": (claim(folder/"half.m4a", m4a[:len(m4a)//2]), "cannot be read|cut short"),
         "words": (claim(folder/"words.wav", b"hello "*1000), "cannot be read"),
-        "a playlist": (claim(folder/"list.m4a", b"#EXTM3U\n#EXTINF:5,\na.flac\n#EXT-X-ENDLIST\n"),
-                       "cannot be read"),
+        "a playlist": (claim(folder/"list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:20\n#EXTINF:20,\n"
+                             b"a.ts\n#EXT-X-ENDLIST\n"), "cannot be read"),
         "a list of files": (claim(folder/"l.m4a", b"ffconcat version 1.0\nfile a.flac\n"),
                             "cannot be read"),
         "pictures only": (folder/"mute.mp4", "holds no sound, only pictures"),
