@@ -44,7 +44,7 @@ def load_emorynlp(
             "their names are joined and count as a speaker of their own.")]
     return build_corpus(
         "emorynlp", LABELS, rows, faults,
-        protocol_note="official splits of the MELD repository's copy")
+        protocol_note="official splits of the MELD repository's copy", official=True)
 
 # %% ../../nbs/503_emorynlp.ipynb #d304cea8
 def _read_split(folder, split):
@@ -58,17 +58,18 @@ def _read_split(folder, split):
     rows = pd.DataFrame(
         dict(
             split=split, conversation=scene, id=scene + "_u" + table["Utterance_ID"].str.zfill(3),
-            number=read_numbers(table, "Utterance_ID").astype(int),
+            number=read_numbers(table, "Utterance_ID", whole=True),
             speaker=table["Speaker"].map(_speakers), text=table["Utterance"],
-            label=table["Emotion"].str.lower(), start=parse_times(table["Start_Time"]),
+            label=table["Emotion"].str.strip().str.lower(), start=parse_times(table["Start_Time"]),
             end=parse_times(table["End_Time"])))
     return rows.sort_values(["conversation", "number"], kind="stable")
 
 # %% ../../nbs/503_emorynlp.ipynb #36382be1
 def _speakers(cell):
-    try: return ", ".join(ast.literal_eval(cell))
-    except (ValueError, SyntaxError) as e:
+    try: names = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError): names = None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise DataError(
-            f"the speaker {cell!r} is no list of names",
-            "Write it as in the original file: ['Ross Geller'].",
-        ) from e
+            f"the speaker {cell!r:.60} is no list of names",
+            "Write it as in the original file: ['Ross Geller'].")
+    return ", ".join(names)

@@ -178,15 +178,17 @@ def read_table(
 def read_numbers(
     table: pd.DataFrame,
     column: str,
-    whole: bool = False,       # only 0, 1, 2 ... up to 9 digits, as ids are
+    whole: bool = False,       # only 0, 1, 2 ... below a million, as ids are
+    empty: bool = False,       # an empty cell is NaN
 ) -> pd.Series:                # float, finite; int where whole
     "A column of strings as numbers; a `DataError` that shows the first cell that is none."
-    numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
-    odd = ~table[column].str.fullmatch(r"\d{1,9}(\.0)?") if whole else ~np.isfinite(numbers)
-    for line, cell in table[column][odd.to_numpy(bool)][:1].items():
+    cells = table[column]
+    numbers = pd.to_numeric(cells, errors="coerce").astype(float)
+    odd = ~cells.str.fullmatch(r"\d{1,6}(\.0)?") if whole else ~np.isfinite(numbers)
+    for line, cell in cells[odd.to_numpy(bool) & ~(empty & (cells == "")).to_numpy(bool)].items():
         raise DataError(
             f"the column {column!r} holds {cell!r:.60} (line {line}), which is no "
-            + ("whole number" if whole else "number"),
+            + ("whole number below a million" if whole else "number"),
             "Correct the cell.")
     return numbers.astype(int) if whole else numbers
 

@@ -13,6 +13,7 @@ import pandas as pd
 from ..conversations import DataError
 from .core import (
     PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, mend_prosody, read_features)
+from .encodings import read_text
 from .files import find_audio, find_folder, read_numbers, read_table, some
 
 # %% ../../nbs/502_iemocap.ipynb #d6f4952a
@@ -43,15 +44,9 @@ def load_iemocap(
         "iemocap", data, ["utterances.csv", *(f"Session{s}" for s in SESSIONS)], HOW)
     rows, faults = (
         _read_rows(folder) if (folder / "utterances.csv").exists() else _read_release(folder))
-    if label_file:
-        table = read_table(label_file, ["utterance_id", "emotion"])
-        rows["label"] = (
-            rows["id"].map(dict(zip(table["utterance_id"], table["emotion"]))).fillna(""))
-        faults = [
-            (
-                1,
-                f"labels replaced by those of {Path(label_file).name}: "
-                f"{(rows.label != '').sum()} utterances.")]
+    if label_file: rows["label"], faults = _read_labels(label_file, rows["id"])
+    if missing := set(SESSIONS) - set(rows["session"]):
+        faults.append((1, f"sessions that are missing: {some(sorted(missing))}."))
     arrays, told = _read_arrays(folder, rows["id"].tolist())
     faults += told
     clips = find_audio(folder, ["Session*/sentences/wav/*/*", "audio/**/*"])
@@ -59,7 +54,7 @@ def load_iemocap(
     rows["split"] = (
         rows["session"].map(SESSIONS)
         if split == "sessions"
-        else rows["conversation"].map(_cosmic(folder, split)))
+        else _cosmic(folder, split, rows["conversation"]))
     outside = rows["label"] == ""
     odd = ~rows[RATINGS].apply(lambda column: column.between(1, 5)).all(axis=1)
     back = rows.groupby("conversation", sort=False)["start"].diff() < 0
@@ -88,22 +83,52 @@ def load_iemocap(
     )[split]
     return build_corpus(
         "iemocap", LABELS, rows, faults, arrays=arrays, protocol_note=note,
-        annotations={"ratings": ratings})
+        annotations={"ratings": ratings}, official=True)
+
+# %% ../../nbs/502_iemocap.ipynb #cb05e40a
+def _read_labels(path, ids):
+    "The labels of a list, by utterance; what to tell of it."
+    table, name = read_table(path, ["utterance_id", "emotion"]), Path(path).name
+    listed = dict(zip(table["utterance_id"], table["emotion"].str.strip().str.lower()))
+    unknown = sorted(set(listed) - set(ids))
+    if len(unknown) == len(listed):
+        raise DataError(
+            f"no utterance_id of {name} is one of IEMOCAP's (it has {some(unknown, 2)})",
+            f"Write them as the corpus does: {ids.iloc[0]}.")
+    labels = ids.map(listed).fillna("")
+    return labels, [
+        (1, f"labels replaced by those of {name}: {(labels != '').sum()} utterances."),
+        (
+            len(unknown),
+            f"{name}, ids that are no utterance: {len(unknown)} ({some(unknown, 2)}); dropped.")]
 
 # %% ../../nbs/502_iemocap.ipynb #bda7abbb
-def _cosmic(folder, split):
+def _cosmic(folder, split, conversations):
+    "The split of every conversation, as COSMIC's list has it."
     if split != "cosmic":
         raise DataError(f"IEMOCAP has no split {split!r}", "Choose 'sessions' or 'cosmic'.")
-    path = folder/"cosmic_split.json"
+    path, form = folder/"cosmic_split.json", (
+        'Write COSMIC\'s dialogue ids as {"cosmic_split": {"train": [...], "val": [...], '
+        '"test": [...]}}.')
     if not path.exists():
-        raise DataError(
-            f"the COSMIC split needs {path.name} in the corpus folder",
-            'Write COSMIC\'s dialogue ids as {"cosmic_split": {"train": [...], "val": '
-            '[...], "test": [...]}}.')
-    named = json.loads(path.read_text())["cosmic_split"]
-    return {
-        dialogue: s for s, name in zip(SPLITS, ("train", "val", "test")) for dialogue in named[name]
-    }
+        raise DataError(f"the COSMIC split needs {path.name} in the corpus folder", form)
+    try:
+        named = json.loads(read_text(path))["cosmic_split"]
+        dealt = [
+            (str(d), s)
+            for s, name in zip(SPLITS, ("train", "val", "test"))
+            for d in named[name]]
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        if isinstance(e, DataError): raise
+        raise DataError(f"{path.name} is no list of dialogues ({type(e).__name__}: {e})", form) from e
+    split_of = dict(dealt)
+    for problem, ids in (
+        ("names twice", [d for d, s in dealt if split_of[d] != s]),
+        ("does not name", sorted(set(conversations) - set(split_of))),
+        ("names, and the corpus does not hold,", sorted(set(split_of) - set(conversations)))):
+        if ids:
+            raise DataError(f"{path.name} {problem} {len(ids)} dialogues ({some(ids, 3)})", form)
+    return conversations.map(split_of)
 
 # %% ../../nbs/502_iemocap.ipynb #f071ebe7
 def _read_rows(folder):
@@ -112,9 +137,14 @@ def _read_rows(folder):
         [
             "utterance_id", "dialogue_id", "session", "speaker", "start", "end", "text", "emotion",
             *RATINGS])
+    session = table["session"].str.extract(r"^\s*(?:Session|Ses)?\s*0?([1-5])\s*$", flags=re.I)[0]
+    for line, cell in table["session"][session.isna()].items():
+        raise DataError(
+            f"the session {cell!r:.60} (line {line}) is none of 1 to 5", "Write it as a number.")
     rows = pd.DataFrame(dict(
-        id=table["utterance_id"], conversation=table["dialogue_id"], session=table["session"],
-        speaker=table["speaker"] + table["session"], text=table["text"], label=table["emotion"],
+        id=table["utterance_id"], conversation=table["dialogue_id"], session=session,
+        speaker=table["speaker"] + session, text=table["text"],
+        label=table["emotion"].str.strip().str.lower(),
         start=read_numbers(table, "start"), end=read_numbers(table, "end"),
         **{r: read_numbers(table, r) for r in RATINGS}))
     if "emotion_full" not in table: return rows, []

@@ -9,6 +9,7 @@ __all__ = ['LABELS', 'FILES', 'CLIPS', 'SHORTEST', 'LONGEST', 'HOW', 'load_meld'
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from ..conversations import DataError
 from .core import PROSODY8, SPLITS, Corpus, FeatureTable, build_corpus, mend_prosody
 from .encodings import fix_text
 from .files import (
@@ -37,31 +38,43 @@ def load_meld(
         fix_text(rows[c].tolist()) for c in ("text", "speaker"))
     rows = rows.assign(text=texts, speaker=speakers)
     length = rows["end"] - rows["start"]  # (M,) s
-    broken = ~length.between(SHORTEST, LONGEST)
+    timed = ~rows["untimed"]
+    broken = timed & ~length.between(SHORTEST, LONGEST)
     arrays, prosody_faults = _read_prosody(folder, rows, broken)
     faults = [
         (
             fixed + renamed,
             f"texts and names with Windows-1252 leftovers or mojibake: {fixed + renamed}; fixed."),
+        (
+            rows["recased"].any(),
+            f"labels in another case: {rows['recased'].sum()}; read in lower case."),
+        (
+            (~timed).any(),
+            f"utterances of tables without times and episodes: {(~timed).sum()}; their times are "
+            "undefined, and repeated ones cannot be told."),
         _tell_gaps(rows),
         _tell_broken(rows, length, broken),
         _tell_short(rows, length, broken),
         _tell_order(rows),
-        *_tell_repeats(rows),
+        *_tell_repeats(rows[timed]),
         *prosody_faults]
     rows.loc[broken, ["start", "end"]] = np.nan
     rows.loc[broken, ["audio", "video"]] = None
     return build_corpus(
-        "meld", LABELS, rows, faults, arrays=arrays, protocol_note="official splits")
+        "meld", LABELS, rows, faults, arrays=arrays, protocol_note="official splits",
+        official=True)
 
 # %% ../../nbs/501_meld.ipynb #39ed8394
 def _read_split(folder, split):
     table = read_table(
         folder / f"{FILES[split]}_sent_emo.csv",
-        [
-            "Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID", "Season", "Episode",
-            "StartTime", "EndTime"])
-    name = "dia" + table["Dialogue_ID"] + "_utt" + table["Utterance_ID"]
+        ["Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID"])
+    untimed = not {"Season", "Episode", "StartTime", "EndTime"} <= set(table)
+    if untimed: table[["Season", "Episode", "StartTime", "EndTime"]] = ""
+    dialogue, number = (
+        read_numbers(table, c, whole=True) for c in ("Dialogue_ID", "Utterance_ID"))
+    name = "dia" + dialogue.astype(str) + "_utt" + number.astype(str)
+    label = table["Emotion"].str.strip().str.lower()
     clips, faces = (
         find_audio(folder, [f"audio/{FILES[split]}/*", f"{CLIPS[split]}/*"]),
         folder / "faces" / FILES[split])
@@ -71,10 +84,10 @@ def _read_split(folder, split):
     rows = pd.DataFrame(
         dict(
             split=split, clip=FILES[split] + "/" + name, id=f"{split}_" + name,
-            conversation=f"{split}_dia" + table["Dialogue_ID"],
-            dialogue=read_numbers(table, "Dialogue_ID").astype(int),
-            number=read_numbers(table, "Utterance_ID").astype(int), speaker=table["Speaker"],
-            text=table["Utterance"], label=table["Emotion"], start=parse_times(table["StartTime"]),
+            conversation=f"{split}_dia" + dialogue.astype(str), dialogue=dialogue, number=number,
+            speaker=table["Speaker"], text=table["Utterance"], label=label,
+            recased=label != table["Emotion"], untimed=untimed,
+            start=parse_times(table["StartTime"]),
             end=parse_times(table["EndTime"]), episode=table["Season"] + "." + table["Episode"],
             audio=name.map(clips).astype(object), video=name.map(films).astype(object)))
     return rows.sort_values(["dialogue", "number"], kind="stable")
@@ -92,7 +105,12 @@ def _read_prosody(folder, rows, broken):
         ignore_index=True)
     ids = table["clip"].map(dict(zip(rows["clip"], rows["id"])))
     dropped, table, ids = table["clip"][ids.isna()], table[ids.notna()], ids[ids.notna()]
-    values, undefined = mend_prosody(table[PROSODY8].apply(pd.to_numeric).to_numpy())  # (M, 8)
+    if table.empty:
+        raise DataError(
+            "no row of MELD's prosody8 tables belongs to an utterance",
+            "Name the clips in the column filename, as dia0_utt0.wav.")
+    measures = [read_numbers(table, c, empty=True) for c in PROSODY8]
+    values, undefined = mend_prosody(np.stack(measures, axis=1))  # (M, 8)
     values[ids.isin(set(rows.id[broken])).to_numpy()] = np.nan
     missing = rows.id[
         rows.split.isin([s for s, f in FILES.items() if f in tables]) & ~rows.id.isin(set(ids))]

@@ -11,32 +11,37 @@ import inspect
 from pathlib import Path
 from ..conversations import DataError
 from .core import Corpus
+from .files import SHEETS, TABLES
+from .labels import relabel
 
 # %% ../../nbs/804_load_corpus.ipynb #bd3db79c
 CORPORA = ["sample", "meld", "emorynlp", "iemocap", "mosi"]
 
 # %% ../../nbs/804_load_corpus.ipynb #fb644b01
 def load_corpus(
-    name: str|Path,                # one of `CORPORA`, or the path of your own .csv or .jsonl file
+    name: str|Path,       # one of `CORPORA`, or the path of your own .csv, .tsv, .jsonl or .json
     # the folder that holds meld/, iemocap/ ..., or the corpus' own folder; None: $ERC_MOE_DATA
     data: str|Path|None = None,
+    label_map: dict|str|Path|None = None,   # renames, merges or ignores labels (a JSON file)
     **options,  # what the corpus' reader takes: `split`, `unlabelled_context`, `labels` ...
 ) -> Corpus:
     """The corpus of this name; a `DataError` that lists the names, the options or the places
     looked at where that fails."""
-    own = Path(name).suffix in (".csv", ".jsonl")
+    own = Path(name).suffix.lower() in TABLES + SHEETS
     if not own and name not in CORPORA:
         raise DataError(
             f"there is no corpus {str(name)!r}",
             f"The corpora are {', '.join(CORPORA)}; your own is given as a path that "
-            "ends in .csv or .jsonl.")
+            f"ends in {', '.join(TABLES)}.")
     module = importlib.import_module(f"erc_moe.corpora.{'own' if own else name}")
     reader = getattr(module, f"load_{'own' if own else name}")
-    known = [p for p in inspect.signature(reader).parameters if p not in ("data", "path")]
+    always = ("data", "path", "label_map")
+    known = [p for p in inspect.signature(reader).parameters if p not in always]
     for option in options:
         if option not in known:
             raise DataError(
                 f"the corpus {str(name)!r} has no option {option!r}",
                 f"Its options: {', '.join(known) or 'none'}.")
-    places = {} if name == "sample" else {"path": name} if own else {"data": data}
-    return reader(**places, **options)
+    places = {} if name == "sample" else {"data": data}
+    if own: return reader(name, label_map=label_map, **options)
+    return relabel(reader(**places, **options), label_map)

@@ -21,4 +21,5 @@ def load_sample() -> Corpus:   # named "sample"; every utterance has text, label
     emotions, synthetic speech."""
     own = load_own(Path(str(files("erc_moe")))/"sample"/"conversations.csv", SAMPLE_LABELS)
     return replace(
-        own, name="sample", protocol_note="synthetic; a fixed split by conversation (43 / 11 / 18)")
+        own, name="sample", path=None, official=True,
+        protocol_note="synthetic; a fixed split by conversation (43 / 11 / 18)")
