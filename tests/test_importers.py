@@ -21,7 +21,7 @@ from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus, load_corpus
 from erc_moe.features import (
     LAYOUTS, FeatureStore, FileLayout, import_features, importers, read_pickle)
-from erc_moe.features.importers import LABEL_ORDER, find_layout, match_utterances
+from erc_moe.features.layouts import LABEL_ORDER, find_layout, match_utterances
 from erc_moe.training import Run, train
 
 quick = settings(
@@ -84,7 +84,7 @@ def small_corpus(name, seed=0):
                         if name == "iemocap" and j % 4 == 3
                         else labels[rng.integers(len(labels))])
                     for j in range(rng.integers(5, 12))]))
-    return Corpus(name, labels, splits)
+    return Corpus(name, labels, splits, official=True)
 
 
 def key(conv, name):

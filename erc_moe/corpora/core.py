@@ -32,9 +32,8 @@ def group_rows(
         for c in ("label", "audio", "start", "end", "video")]
     none = lambda x: None if x is None or x == "" or x != x else x
     groups = {}
-    for conv, id, speaker, text, *known in zip(
-        rows["conversation"], rows["id"], rows["speaker"], rows["text"], *optional
-    ):
+    needed = [rows[c].tolist() for c in ("conversation", "id", "speaker", "text")]
+    for conv, id, speaker, text, *known in zip(*needed, *optional):
         groups.setdefault(conv, []).append(Utterance(id, speaker, text, *map(none, known)))
     return [Conversation(id, utterances) for id, utterances in groups.items()]
 

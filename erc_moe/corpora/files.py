@@ -172,7 +172,7 @@ def read_table(
                 f"{name}, object {lines[cells.index(None)]} has no {c!r}",
                 f"Give every one a {c!r}.")
         if c: table[c] = ["" if cell is None else cell for cell in cells]
-    return pd.DataFrame(table, index=lines, dtype=str)
+    return pd.DataFrame(table, index=lines, dtype=object)       # lists of str: fast to walk
 
 # %% ../../nbs/802_corpus_files.ipynb #4d303eaa
 def read_numbers(
