@@ -79,8 +79,10 @@ def _is_stretch(file, rows, start, end, place):
 # %% ../../nbs/515_recordings_in_tables.ipynb #47bdb80e
 def _file(folder, what, conversation, id, cell):
     if not cell: return None
-    if not (folder/cell).is_file() and not (what == "video" and (folder/cell).is_dir()):
-        raise DataError(f"its {what} {cell!r} does not exist beside the table",
+    try: there = (folder/cell).is_file() or (what == "video" and (folder/cell).is_dir())
+    except OSError: there = False          # a name that no file can have
+    if not there:
+        raise DataError(f"its {what} {cell!r:.200} does not exist beside the table",
                         f"Correct the path, or leave it empty if there is no {what}.",
                         conversation, id)
     return folder/cell
