@@ -16,6 +16,7 @@ from markupsafe import Markup
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus, FeatureTable
+from ..corpora.labels import ready_to_train
 from ..features import FeaturePipeline, import_features
 from ..features.attach import attach
 from ..files import read_json
@@ -178,8 +179,8 @@ def configure(
     """The model's and the training's configuration: the preset, then the changes, then class
     weights where the training asks for them."""
     entry, changes = find_model(model), changes or {}
-    config = entry.model_config(preset, corpus.name, widths, corpus.labels)
-    training = TrainingConfig(**entry.training_changes(preset, corpus.name))
+    config = entry.model_config(preset, corpus.known_as, widths, corpus.labels)
+    training = TrainingConfig(**entry.training_changes(preset, corpus.known_as))
     if isinstance(changes, dict):
         known = {f.name for c in (config, training) for f in fields(c)}
         for name in changes:
@@ -196,7 +197,7 @@ def configure(
         if not hasattr(config, "class_weights"):
             raise DataError(f"{model} takes no class weights", "Set class_weights to none.")
         theirs["class_weights"] = inverse_frequency(corpus)
-    return entry.model_config(preset, corpus.name, widths, corpus.labels, **theirs), training
+    return entry.model_config(preset, corpus.known_as, widths, corpus.labels, **theirs), training
 
 # %% ../../nbs/603_runs.ipynb #a89506d2
 def inverse_frequency(corpus: Corpus) -> list[float]:
@@ -234,7 +235,7 @@ def train(
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
     entry, seeds = find_model(model), check_seeds(seeds)
-    corpus = corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data)
+    corpus = ready_to_train(corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data))
     check_corpus(corpus)
     imported = import_features(features, corpus, cache=cache) if features else None
     if imported: corpus = replace(corpus, faults=corpus.faults + imported.record["told"])

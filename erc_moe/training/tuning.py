@@ -16,6 +16,7 @@ from markupsafe import Markup
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus
+from ..corpora.labels import ready_to_train
 from ..encoders import ENCODERS, UtteranceEncoder, load_encoder
 from ..files import read_json, write_json
 from ..features.pipeline import contents
@@ -159,12 +160,13 @@ def tune(
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
     corpus, kind = (
-        corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data), ENCODERS[modality])
+        ready_to_train(corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data)),
+        ENCODERS[modality])
     check_corpus(corpus)
     seeds, name = check_seeds(seeds), encoder.removeprefix("hf:")
     config = getattr(kind.config_class, preset)(name, len(corpus.labels), labels=corpus.labels)
     training = TrainingConfig(
-        **TUNING[modality][preset][""] | TUNING[modality][preset].get(corpus.name, {}))
+        **TUNING[modality][preset][""] | TUNING[modality][preset].get(corpus.known_as, {}))
     if isinstance(changes, dict):
         mine = {f.name for f in fields(training)}
         parsed = [
