@@ -41,7 +41,7 @@ def decode(
     try: text = data.decode(encoding)
     except (UnicodeError, LookupError) as e:
         raise _unreadable(name, f"is not whole as {encoding} ({e})") from e
-    if not marked and encoding != "utf-8" and _C1.search(text):
+    if not encoding.startswith("utf") and _C1.search(text):
         raise _unreadable(name, f"reads as {encoding} with control characters")
     if "\0" in text:
         raise DataError(
