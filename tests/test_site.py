@@ -81,10 +81,10 @@ def test_links_lead_somewhere():
     ([new_markdown_cell("```sh\n" + "x" * 100 + "\n```\n" + "x" * 300)], None),
     ([new_markdown_cell("see cdn.org/katex@latest/x.js")], "@latest"),
     ([new_markdown_cell("```python\n[`f`](https://a.org)\n```")], "a link in code"),
-    ([new_markdown_cell(r"$$" + "x + " * 40 + "$$")], "an equation wider"),
-    ([new_markdown_cell(r"$$\begin{aligned}" + ("x + " * 20 + r"\\") * 3 + r"\end{aligned}$$")],
+    ([new_markdown_cell(r"$$" + "x + " * 60 + "$$")], "an equation wider"),
+    ([new_markdown_cell(r"$$\begin{aligned}" + ("x + " * 30 + r"\\") * 3 + r"\end{aligned}$$")],
      None),
-    ([new_markdown_cell(r"$$\frac{" + "x + " * 20 + "}{" + "y + " * 20 + "}$$")], None)])
+    ([new_markdown_cell(r"$$\frac{" + "x + " * 30 + "}{" + "y + " * 30 + "}$$")], None)])
 def test_a_fault_on_a_page_is_found(cells, fault):
     found = faults(*cells)
     assert len(found) == bool(fault) and (not fault or fault in found[0]), found
