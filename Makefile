@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-browser test-listen baselines tuned reproduce notebooks pretrained bench wheel clean
+.PHONY: help setup demo test test-browser test-listen baselines tuned reproduce notebooks pretrained bench wheel fuzz clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -65,6 +65,9 @@ notebooks: setup ## export the notebooks to the package, run them all, save thei
 
 pretrained: setup ## the model in the box, from MELD in ERC_MOE_DATA (50 minutes); renews erc_moe/pretrained/meld and results/pretrained-meld.json
 	$(BIN)/python tools/make_pretrained.py
+
+fuzz: setup      ## damaged files for every reader, a minute each; what breaks one is kept in fuzz-findings/
+	$(BIN)/python tools/fuzz.py
 
 bench: setup     ## speed and memory of the paper-size models and of many trainings at a time, as ratios; renews results/benchmark-*.json
 	$(BIN)/python benchmarks/mister_e.py --steps 15 --save results/benchmark-mister_e.json

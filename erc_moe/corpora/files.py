@@ -161,7 +161,8 @@ def read_table(
     for c in columns:
         if c not in names:
             raise DataError(
-                f"{name} has no column {c!r}", f"It has {', '.join(held)}: rename or add {c!r}.")
+                f"{name} has no column {c!r}",
+                f"It has {some((h[:60] for h in held), 30)}: rename or add {c!r}.")
     if not rows:
         raise DataError(
             f"{name} has no rows, so no conversation", "Check that it holds utterances.")

@@ -126,7 +126,7 @@ class _Reader(pickle.Unpickler):
         if f"{module}.{name}" in _LET_THROUGH: return _LET_THROUGH[f"{module}.{name}"]
         torch = module.partition(".")[0] == "torch"
         raise DataError(
-            f"the pickle {self.name} asks for {module}.{name}, which is not let through: "
+            f"the pickle {self.name} asks for {f'{module}.{name}':.200}, which is not let through: "
             "reading stopped, and nothing of it was run",
             "Write the features as numpy arrays instead of torch tensors (tensor.numpy())."
             if torch
