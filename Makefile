@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-browser test-listen baselines tuned reproduce notebooks pretrained bench wheel fuzz clean
+.PHONY: help setup demo test test-slow test-browser test-listen baselines tuned reproduce notebooks pretrained bench wheel fuzz clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -24,6 +24,10 @@ test: export OMP_NUM_THREADS = 1
 test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
+
+test-slow: export OMP_NUM_THREADS = 1
+test-slow: setup ## kills and full disks at every write and at 200 random moments (an hour)
+	$(BIN)/pytest -q -m slow tests/test_faults.py
 
 test-browser: setup  ## pages and demo in a real browser (Debian's chromium); BROWSER_SHOTS=FOLDER keeps pictures
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'

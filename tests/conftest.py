@@ -3,7 +3,8 @@
 import pytest
 
 MARKS = {"browser": "needs Debian's chromium and Playwright: make test-browser",
-         "listen": "needs faster-whisper and Whisper-base: make test-listen"}
+         "listen": "needs faster-whisper and Whisper-base: make test-listen",
+         "slow": "takes minutes: make test-slow"}
 
 
 def pytest_configure(config):

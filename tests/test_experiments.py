@@ -23,7 +23,8 @@ from erc_moe.experiments import (
 from erc_moe.experiments.claims import CLAIMS
 from erc_moe.experiments.declare import made_by
 from erc_moe.features import Extractor, FeatureStore
-from erc_moe.experiments.ledger import as_characters, code_hash, from_characters
+from erc_moe.code_hashes import code_hash
+from erc_moe.experiments.ledger import as_characters, from_characters
 from erc_moe.experiments.run import is_current, train_cell
 from erc_moe.experiments.tables import difference, results, statuses, table
 from erc_moe.models import MODELS
@@ -316,14 +317,11 @@ def test_characters_come_back(classes):
 
 def test_a_word_more_leaves_the_code_hash_and_an_operator_less_does_not(tmp_path, monkeypatch):
     import erc_moe
-    from erc_moe.experiments import ledger as module
     (tmp_path / "a.py").write_text(
         '"Doc."\nfrom .b import g\ndef f(x):\n    "Doc."\n    return g(x) + 1\n')
     (tmp_path/"b.py").write_text("def g(x): return x\n")
     monkeypatch.setattr(erc_moe, "__file__", str(tmp_path/"__init__.py"))
-    def now():
-        module.code_modules.cache_clear(); module.code_hash.cache_clear()
-        return code_hash("erc_moe.a")
+    def now(): return code_hash("erc_moe.a")
     first = now()
     (tmp_path / "a.py").write_text(
         '"Another."\nfrom .b import g\n\ndef f(x):\n    # what it does\n    return g(x)   + 1\n'
@@ -331,7 +329,6 @@ def test_a_word_more_leaves_the_code_hash_and_an_operator_less_does_not(tmp_path
     assert now() == first
     (tmp_path/"b.py").write_text("def g(x): return -x\n")
     assert now() != first
-    monkeypatch.undo(); module.code_modules.cache_clear(); module.code_hash.cache_clear()
 
 
 def test_the_command_prints_what_is_on_record(capsys):

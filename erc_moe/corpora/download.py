@@ -7,13 +7,14 @@ __all__ = ['SOURCE', 'FILES', 'RemoteFile', 'fetch', 'download_corpus']
 
 # %% ../../nbs/803_download.ipynb #bc6ab8b1
 import hashlib
-import shutil
+import time
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from ..conversations import DataError
+from ..files import locked
 
 # %% ../../nbs/803_download.ipynb #09583ae7
 SOURCE = "https://raw.githubusercontent.com/declare-lab/MELD/master/data"
@@ -49,23 +50,8 @@ FILES = {
             "emorynlp/emorynlp_test_final.csv", 100280,
             "dbc4b5638acd12c92a5f48def829e04f1c765cddffb4eedbe34216312e0d2d78")]}
 
-# %% ../../nbs/803_download.ipynb #7d5ba517
-def fetch(
-    file: RemoteFile,
-    folder: str|Path,           # where it goes; made if need be
-    source: str = SOURCE,       # the server's address
-    timeout: float = 30,        # seconds without an answer
-) -> Path:                      # the whole, checked file
-    """Download one file, from where an earlier try broke off; a `DataError` leaves what arrived
-    for the next try."""
-    url, path = f"{source}/{file.path}", Path(folder)/Path(file.path).name
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        if _sha256(path) == file.sha256: return path
-        raise DataError(
-            f"{path} is there already and differs from the published file",
-            "Move it away to download it again.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+# %% ../../nbs/803_download.ipynb #56af7c87
+def _fetch(file, url, path, part, timeout, until):
     have = part.stat().st_size if part.exists() else 0
     if have < file.size:
         request = Request(
@@ -75,7 +61,10 @@ def fetch(
                 urlopen(request, timeout=timeout) as answer,
                 part.open("ab" if answer.status == 206 else "wb") as out,
             ):
-                shutil.copyfileobj(answer, out)           # 206: only the rest is sent
+                # 206: only the rest is sent. What has arrived is taken, however little
+                while data := answer.read1(2**16):
+                    out.write(data)
+                    if time.monotonic() > until: raise TimeoutError("it comes too slowly")
         except HTTPError as e:
             raise DataError(
                 f"{url} answered {e.code} {e.reason}",
@@ -97,7 +86,33 @@ def fetch(
             f"{url} is not the file that was published (SHA-256 or size differ)",
             "Run the command again; if it stays so, the file has changed on the server: "
             "its scores would not compare.")
-    return part.replace(path)
+    part.replace(path)
+
+# %% ../../nbs/803_download.ipynb #7d5ba517
+def fetch(
+    file: RemoteFile,
+    folder: str|Path,           # where it goes; made if need be
+    source: str = SOURCE,       # the server's address
+    timeout: float = 30,        # seconds without an answer
+    deadline: float = 600,      # seconds for all of it, however slowly it comes
+) -> Path:                      # the whole, checked file
+    """Download one file, from where an earlier try broke off; a `DataError` leaves what arrived
+    for the next try."""
+    url, path = f"{source}/{file.path}", Path(folder)/Path(file.path).name
+    part = path.with_name(path.name + ".part")
+    if path.exists():
+        if _sha256(path) == file.sha256: return path
+        raise DataError(
+            f"{path} is there already and differs from the published file",
+            "Move it away to download it again.")
+    lock = part.with_name(f".{part.name}.lock")
+    try:
+        with locked(lock, path):
+            # another process may have fetched it meanwhile
+            if not (path.exists() and _sha256(path) == file.sha256):
+                _fetch(file, url, path, part, timeout, time.monotonic() + deadline)
+    finally: lock.unlink(missing_ok=True)
+    return path
 
 # %% ../../nbs/803_download.ipynb #f56806c7
 def _sha256(path):

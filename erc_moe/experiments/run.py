@@ -8,6 +8,7 @@ __all__ = ['DROPPED', 'prepared', 'code_of', 'is_current', 'drop', 'train_cell',
 # %% ../../nbs/832_reproduce.ipynb #de9e20c8
 import hashlib, json, multiprocessing, os, shutil, threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import islice
@@ -21,7 +22,8 @@ from ..corpora.core import Corpus
 from .declare import EXPERIMENTS, Cell, Experiment, lacking, located
 from .ledger import Ledger, as_characters, code_hash
 from ..features import FeaturePipeline
-from ..models import find_model
+from ..files import clear_partials, locked
+from ..models import find_model, register
 from ..training.loop import ConversationTensors, dataset, epoch_seed, fit, load_trained, score
 from ..training.results import provenance
 from ..training.runs import configure
@@ -54,10 +56,12 @@ def prepared(
 
 # %% ../../nbs/832_reproduce.ipynb #4dbfce88
 def code_of(
-    model: str,    # by its registered name
+    model: str,    # by its name; a file of one's own is not run for it
 ) -> str:
-    "Hash of the code that trains this model today."
-    return code_hash(find_model(model).model.__module__, "erc_moe.training.loop")
+    "Hash of the code that trains this model today; empty where the model is not at hand."
+    try: entry = find_model(model, files=False)
+    except DataError: return ""
+    return code_hash(entry.model.__module__, entry.config.__module__, "erc_moe.training.loop")
 
 # %% ../../nbs/832_reproduce.ipynb #ed46c0af
 def _key(cell, corpus, widths, feature_hash):
@@ -153,17 +157,30 @@ def _detail(model, corpus, test, device):
         else {})
 
 # %% ../../nbs/832_reproduce.ipynb #c8e326c7
-def _begin_worker():
-    "One thread, and the end when the process that began it ends."
+def _begin_worker(models):
+    "One thread, the user's models, and the end when the process that began it ends."
     torch.set_num_threads(1)
     threading.Thread(
         target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
     ).start()
+    # an entry comes with its module, which is imported; a file is run again
+    for model in models: find_model(model) if isinstance(model, str) else register(model)
 
 # %% ../../nbs/832_reproduce.ipynb #30330fd7
-def _attempt(cell, detail, *args):
-    "The record, or the error that kept it from being made."
-    try: return train_cell(cell, detail, *args)
+def _attempt(cell, detail, results, data, cache, stores, work, device):
+    """The record, entered in the ledger, or the error that kept it from being made. Whoever asks
+    for the same training meanwhile waits, and finds it on record."""
+    try:
+        key = _key(cell, *prepared(cell, data, cache, stores))[2]["key"]
+        with locked(Path(work)/".locks"/key, f"the training {_name(cell)}"):
+            ledger = Ledger(results)
+            record = ledger.find(cell, detail)
+            if record and record["key"] == key: return record
+            if (Path(work)/key).is_dir(): clear_partials(Path(work)/key)
+            record = train_cell(cell, detail, data, cache, stores, work, device)
+            ledger.add(record)
+            shutil.rmtree(Path(work)/key)
+        return record
     except DataError as e: return e
 
 # %% ../../nbs/832_reproduce.ipynb #40b50fde
@@ -178,14 +195,25 @@ def _records(todo, workers, *args):
         finally: torch.set_num_threads(threads)
         return
     waiting, running = iter(todo.items()), {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker) as pool:
+    names = {cell.model for cell, _ in todo.values()}
+    own = [n if ".py:" in n else find_model(n) for n in sorted(names)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _begin_worker, (own,)) as pool:
         while True:
             # none in advance: whoever stops loses no more than what runs
             for key, of in islice(waiting, workers - len(running)):
                 running[pool.submit(_attempt, *of, *args)] = key
             if not running: return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(done), done.result()
+                try: yield running.pop(done), done.result()
+                except BrokenProcessPool as e:
+                    raise DataError(
+                        "a worker process ended before its training did: it could not begin (a "
+                        "program from standard input, or one that does not stand below if __name__ "
+                        "== '__main__'), was killed, or had too little memory",
+                        "Run it from a file, or with fewer workers (--workers 1); what is finished "
+                        "is on record.",
+                    ) from e
 
 # %% ../../nbs/832_reproduce.ipynb #6e5972c3
 def _plan(wanted, ledger, data, cache, stores):
@@ -251,7 +279,7 @@ def reproduce(
         {key: (next(iter(cells)), any(cells.values())) for key, cells in todo.items()}, [])
     workers = workers or (1 if device != "cpu" and torch.cuda.is_available() else os.cpu_count())
     for key, record in tqdm(
-        _records(train, min(workers, len(train)), data, cache, stores, work, device),
+        _records(train, min(workers, len(train)), str(results), data, cache, stores, work, device),
         total=len(train), bar_format="{bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"):
         name = _name(train[key][0])
         if isinstance(record, DataError):
@@ -259,7 +287,6 @@ def reproduce(
             tell(f"failed, {failed[-1]}")
             continue
         for cell in todo[key]: ledger.add(record | dict(cell=asdict(cell)))
-        shutil.rmtree(Path(work)/key)
         s, t = record["strict"], record["test_selected"]
         tell(
             f"{name}: strict {100 * s['test']:.1f} (validation "
