@@ -193,8 +193,10 @@ def test_two_processes_in_one_folder_lose_no_seed(corpus, tmp_path):
 
 @pytest.mark.parametrize("name,fix", [
     ("summary.json", "Repeat the command"), ("seed-0/result.json", "Delete it"),
-    ("seed-0/log.jsonl", "Delete .*result.json"), ("seed-0/predictions.csv", "Delete .*result.json"),
-    ("seed-0/model/config.json", "Delete .*result.json"), ("settings.json", "Choose another folder"),
+    ("seed-0/log.jsonl", "Delete .*result.json"),
+    ("seed-0/predictions.csv", "Delete .*result.json"),
+    ("seed-0/model/config.json", "Delete .*result.json"),
+    ("settings.json", "Choose another folder"),
     ("features/pipeline.json", "Repeat the command"),
     ("features/scaling.safetensors", "Repeat the command")])
 def test_a_damaged_file_is_named_with_what_to_do(corpus, tmp_path, name, fix):

@@ -6,6 +6,7 @@
 __all__ = ['Run', 'configure', 'inverse_frequency', 'train']
 
 # %% ../../nbs/603_runs.ipynb #b106191b
+import sys
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from markupsafe import Markup
+from ..code_hashes import code_hash
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus, FeatureTable
@@ -33,6 +35,9 @@ class Run:
     "A folder written by `train`: its summary, models and predictions."
     def __init__(self,
         folder: str|Path,    # holds summary.json, features/ and a folder per seed
+        # of a model of one's own: its file and class, "my_model.py:MyModel"; what the folder says
+        # of it is not run
+        model: str|None = None,
     ):
         self.folder = Path(folder)
         if not (self.folder/"summary.json").exists():
@@ -47,7 +52,17 @@ class Run:
             self.folder/"summary.json", "Repeat the command that trained it: it writes the file again.",
             ("model", "corpus", "labels", "seeds", "features", "validation", "test"))
         self.entry, self.labels, self.seeds = (
-            find_model(self.summary["model"]), self.summary["labels"], self.summary["seeds"])
+            self._find(model), self.summary["labels"], self.summary["seeds"])
+
+    def _find(self, model):
+        name, made = self.summary["model"], self.summary.get("model_code")
+        if not model: return find_model(name, files=False)
+        entry = find_model(model)
+        if entry.name != name:
+            raise DataError(f"the run's model is {name}, not {entry.name}", f"Name {name}.")
+        if made and made != code_hash(entry.model.__module__):
+            print(f"{self.folder}: {name} has changed since it was trained", file=sys.stderr)
+        return entry
 
     def __repr__(self):
         return (
@@ -79,8 +94,9 @@ class Run:
             raise DataError(f"there is no model in {folder}", fix)
         read_json(folder/"config.json", fix)
         model = self.entry.load(folder)
+        kind = getattr(self.entry.config, "model", self.entry.name)
         for what, found, wanted in (
-            ("kind", getattr(model.config, "model", self.entry.name), self.entry.name),
+            ("kind", getattr(model.config, "model", kind), kind),
             ("label set", getattr(model.config, "labels", None) or self.labels, self.labels),
             ("feature widths", model.config.widths, self.summary["features"]["widths"]),
         ):
@@ -253,8 +269,11 @@ def train(
     prepared = pipeline.apply(corpus, cache=cache)
     config, training = configure(model, corpus, pipeline.widths, preset, changes)
     folder = Path(out) if out else temporary_folder()
+    ours = entry.model.__module__.partition(".")[0] == "erc_moe"
     settings = dict(
-        model=model,
+        model=entry.name,
+        # of a model that is none of this package
+        **({} if ours else {"model_code": code_hash(entry.model.__module__)}),
         corpus=corpus.name,
         corpus_note=corpus.protocol_note,
         labels=corpus.labels,
@@ -276,4 +295,4 @@ def train(
             protocol=protocol, device=device, checkpoint_seconds=checkpoint_seconds,
             progress=progress)
     summarise_run(folder, settings, seeds, prepared, device, command)
-    return Run(folder)
+    return Run(folder, None if ours else model)
