@@ -17,8 +17,8 @@ help:            ## what can be made
 setup: .venv/.ready      ## the environment, through the tested versions
 
 demo: setup      ## train MiSTER-E on the sample corpus from raw text and speech; table, report, pictures
-	$(BIN)/erc_moe_train --model mister_e --corpus sample --text minilm --speech egemaps --preset cpu --seeds 3 --out runs/demo
-	$(BIN)/erc_moe_report runs/demo
+	$(BIN)/erc_moe train --model mister_e --corpus sample --text minilm --speech egemaps --preset cpu --seeds 3 --out runs/demo
+	$(BIN)/erc_moe report runs/demo
 
 test: export OMP_NUM_THREADS = 1
 test: setup      ## every notebook and every test
@@ -45,12 +45,12 @@ baselines: setup ## what single utterances tell without any context; renews resu
 	$(BIN)/python tools/baselines.py mosi --speech audio73
 	$(BIN)/python tools/baselines.py emorynlp
 
-TUNE = $(BIN)/erc_moe_tune --encoder minilm --preset cpu --protocol strict
+TUNE = $(BIN)/erc_moe tune --encoder minilm --preset cpu --protocol strict
 define tuned_stores    # MiniLM tuned on corpus $(1) with the options $(2): its embeddings, and how well they tell emotions apart
 	$(TUNE) --corpus $(1) --seeds 3 $(2) --out runs/$(1)-minilm
 	$(TUNE) --corpus $(1) --seeds 1 --folds 4 $(2) --out runs/$(1)-minilm-crossfit
-	$(BIN)/erc_moe_embed runs/$(1)-minilm --corpus $(1) --out features/$(1)-tuned
-	$(BIN)/erc_moe_embed runs/$(1)-minilm-crossfit --corpus $(1) --out features/$(1)-crossfit
+	$(BIN)/erc_moe embed runs/$(1)-minilm --corpus $(1) --out features/$(1)-tuned
+	$(BIN)/erc_moe embed runs/$(1)-minilm-crossfit --corpus $(1) --out features/$(1)-crossfit
 	cp runs/$(1)-minilm/summary.json results/text-$(1)-tuned.json
 	$(BIN)/python tools/separability.py $(1) frozen=minilm tuned=features/$(1)-tuned cross-fitted=features/$(1)-crossfit
 endef
@@ -60,7 +60,7 @@ tuned: setup     ## stage 1: MiniLM tuned on MELD and IEMOCAP, its embeddings wr
 	$(call tuned_stores,iemocap,--set lr=3e-4)
 
 reproduce: setup ## every table and figure of both papers, from ERC_MOE_DATA and what `make tuned` left (hours); what is on record is not repeated
-	$(BIN)/erc_moe_reproduce all
+	$(BIN)/erc_moe reproduce all
 
 notebooks: setup ## export the notebooks to the package, run them all, save their outputs, renew README.md
 	$(BIN)/nbdev_export

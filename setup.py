@@ -30,7 +30,10 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["erc_moe", "erc_moe.*"]),
-    package_data={"erc_moe": ["page_assets/*", "pretrained/*/*", "pretrained/*/*/*", "sample/*", "sample/audio/*"]},
+    package_data={
+        "erc_moe": [
+            "__init__.pyi", "*/__init__.pyi", "page_assets/*", "pretrained/*/*",
+            "pretrained/*/*/*", "sample/*", "sample/audio/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -5,7 +5,7 @@ by side with one thread each.
 
 Both forms train the same cells (MiSTER-E and SURE on IEMOCAP, frozen features, two seeds each) for
 a few epochs, in turns; data is loaded before the
-clock starts. Prints seconds per training and the ratio. `erc_moe_reproduce` trains side by side.
+clock starts. Prints seconds per training and the ratio. `erc_moe reproduce` trains side by side.
 """
 import argparse
 import os

@@ -42,10 +42,11 @@ def _source(file): return _parsed(file, (file.stat().st_mtime_ns, file.stat().st
 
 # %% ../nbs/819_code_hashes.ipynb #27943de4
 def _place(folder, parts):
-    "The source of a module; None where there is none."
+    """The source of a module (of a package that imports on demand: its stub, which names what it
+    imports); None where there is none."""
     place = folder.joinpath(*parts)
-    return next((p for p in (place/"__init__.py", place.with_name(place.name + ".py"))
-                 if p.is_file()), None)
+    places = place/"__init__.pyi", place/"__init__.py", place.with_name(place.name + ".py")
+    return next((p for p in places if p.is_file()), None)
 
 # %% ../nbs/819_code_hashes.ipynb #cb90e3de
 def _begin(module):
@@ -83,7 +84,7 @@ def code_files(
         name = todo.pop()
         if name in found or not name or (here := find(name)) is None: continue
         found[name] = here
-        package = name if here.name == "__init__.py" else name.rpartition(".")[0]
+        package = name if here.stem == "__init__" else name.rpartition(".")[0]
         for level, base, names in _source(here)[1]:
             if not names and base == "erc_moe": continue
             above = package.split(".")[:len(package.split(".")) - level + 1] if level else []

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,10 @@ import pandas as pd
 import pytest
 import torch
 
-from erc_moe import cli
+import erc_moe
+from erc_moe.cli import main
+from erc_moe.cli.core import COMMANDS
 from erc_moe.training import Run
-
-COMMANDS = {
-    c: c
-    for c in (
-        "train", "tune", "embed", "evaluate", "predict", "report", "extract", "download",
-        "reproduce")
-} | {"import": "import_file"}
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +45,22 @@ def table(tmp_path_factory):
 
 def training(table, out, *more):
     return [
-        "--corpus", str(table), "--text", "words", "--speech", "voice", "--seeds", "2", "--set",
+        "train", "--corpus", str(table), "--text", "words", "--speech", "voice", "--seeds", "2",
+        "--set",
         "epochs=4", "--set", "hidden=8", "--device", "cpu", "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
 def run(table, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")/"own"
-    assert cli.train(training(table, out)) == 0
+    assert main(training(table, out)) == 0
     return out
 
 
-def command(name, *args, **kwargs):
+def command(*args, **kwargs):
     return subprocess.Popen(
         [
-            sys.executable,
-            "-c",
-            f"import sys; from erc_moe.cli import {name}; sys.exit({name}())",
-            *map(str, args)],
+            sys.executable, "-m", "erc_moe", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,52 +68,72 @@ def command(name, *args, **kwargs):
         **kwargs)
 
 
-def test_every_command_is_installed_under_its_name():
+def test_one_command_is_installed():
     config = ConfigParser(delimiters=["="])
     config.read(Path(__file__).parent.parent/"settings.ini", encoding="utf-8")
-    scripts = dict(s.split("=") for s in config["DEFAULT"]["console_scripts"].split())
-    assert sorted(scripts) == sorted(f"erc_moe_{c}" for c in COMMANDS)
-    for target in scripts.values():
-        module, function = target.split(":")
-        assert callable(getattr(import_module(module), function))
+    assert config["DEFAULT"]["console_scripts"] == "erc_moe=erc_moe.cli:main"
+
+
+def test_version_and_the_list_of_commands(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"erc_moe {erc_moe.__version__}\n"
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^    {name} +[A-Z].*\.$", text, re.M) for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_in_sentences(name, capsys):
-    with pytest.raises(SystemExit) as stopped: getattr(cli, COMMANDS[name])(["--help"])
+    assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    assert stopped.value.code == 0 and f"erc_moe_{name}" in text and "Example:" in text
+    assert f"erc_moe {name}" in text and "Example: erc_moe " in text
     options = re.split(r"\n  (?=-|[a-z]+ )", text[text.index("options:"):])[2:]
     assert all("." in o for o in options), "an option's help is a sentence"
 
 
-def test_help_is_quick():
-    "Nothing heavy is imported before the arguments are good."
+HEAVY = {
+    "torch", "numpy", "pandas", "transformers", "sklearn", "scipy", "matplotlib", "accelerate",
+    "huggingface_hub", "rich", "multiprocessing"}
+
+
+def imported(code):
+    "The top-level modules that a program has imported when it ends."
     done = subprocess.run(
         [
-            sys.executable, "-X", "importtime", "-c",
-            "from erc_moe.cli import train; train(['--help'])"],
+            sys.executable, "-c",
+            f"import sys\ntry:\n    {code}\nfinally:\n    print(*sys.modules, file=sys.stderr)"],
         capture_output=True,
         text=True)
-    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "erc_moe.training" not in imported and "transformers" not in imported
+    return {m.partition(".")[0] for m in done.stderr.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import erc_moe",
+        *(f"from erc_moe.cli import main; main({argv!r})" for argv in (
+            ["--help"], ["train", "--help"], ["predict", "--help"], ["completion", "bash"],
+            ["train", "--corpus", "sample", "--out", "x", "--seeds", "0,0"], ["nonsense"])),
+    ])
+def test_nothing_heavy_is_imported_before_it_is_needed(code):
+    assert not HEAVY & imported(code)
 
 
 def test_train_prints_the_table_and_writes_the_summary(run, table, capsys):
-    assert cli.train(training(table, run)) == 0
+    assert main(training(table, run)) == 0
     out = capsys.readouterr().out
     summary = json.loads((run/"summary.json").read_text())
     for name in ("mixture", "speech", "text", "multimodal"): assert name in out
     assert f"{100*summary['test']['weighted_f1']['mean']:.1f} ± " in out
     assert (
-        summary["command"].startswith("erc_moe_train --corpus")
+        summary["command"].startswith("erc_moe train --corpus")
         and summary["config"]["model"]["hidden"] == 8)
 
 
 def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
     args = lambda out: training(
         table, out, "--seeds", "1", "--set", "epochs=25", "--checkpoint-seconds", "0")
-    process = command("train", *args(tmp_path/"killed"))
+    process = command(*args(tmp_path/"killed"))
     log, checkpoint = (
         tmp_path / "killed" / "seed-0" / "log.jsonl",
         tmp_path / "killed" / "seed-0" / "checkpoint.pt")
@@ -133,7 +145,7 @@ def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
     process.communicate()
     assert not (tmp_path/"killed"/"summary.json").exists() and checkpoint.exists()
     again, whole = (
-        command("train", *args(tmp_path / "killed")), command("train", *args(tmp_path / "whole")))
+        command(*args(tmp_path / "killed")), command(*args(tmp_path / "whole")))
     for p in (again, whole):
         _, err = p.communicate(timeout=300)
         assert p.returncode == 0, err
@@ -146,8 +158,8 @@ def test_killed_and_started_again_is_as_never_killed(table, tmp_path):
 def test_two_processes_train_one_model(table, tmp_path):
     script = tmp_path/"train.py"
     script.write_text(
-        "import sys; from erc_moe.cli import train; "
-        f"sys.exit(train({training(table, tmp_path / 'two', '--seeds', '1')!r}))")
+        "import sys; from erc_moe.cli import main; "
+        f"sys.exit(main({training(table, tmp_path / 'two', '--seeds', '1')!r}))")
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -163,9 +175,9 @@ def test_two_processes_train_one_model(table, tmp_path):
 
 def test_evaluate(run, table, capsys, tmp_path):
     assert (
-        cli.evaluate(
+        main(
             [
-                str(run), "--corpus", str(table), "--split", "test", "--out",
+                "evaluate", str(run), "--corpus", str(table), "--split", "test", "--out",
                 str(tmp_path / "again.json")])
         == 0)
     assert "per class F1" in capsys.readouterr().out
@@ -182,21 +194,24 @@ def test_predict(run, table, tmp_path, capsys):
     for name in ("words", "voice"):
         np.save(
             new.with_suffix(f".{name}.npy"), np.load(table.with_suffix(f".{name}.npy"))[rows.index])
-    assert cli.predict([str(run), str(new), "--seed", "1", "--out", str(tmp_path/"out.csv")]) == 0
-    assert "predicted" in capsys.readouterr().out
-    got, saved = pd.read_csv(tmp_path/"out.csv"), Run(run).predictions(1)
+    assert main(["predict", str(new), "--model", str(run), "--seed", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "confidence" in said and "written to" in said and "\x1b" not in said
+    got, saved = pd.read_csv(tmp_path/"new.emotions.csv"), Run(run).predictions(1)
     assert got.predicted.tolist() == saved.predicted.tolist() and np.allclose(
         got.confidence, saved.confidence, atol=2e-4)
     assert {"p_joy", "expert_speech", "expert_text", "expert_multimodal", "gate_text"} <= set(
         got.columns)
     assert (
-        cli.predict(
-            [str(run), str(new), "--without", "speech", "--out", str(tmp_path / "deaf.jsonl")])
+        main(
+            [
+                "predict", str(new), "--model", str(run), "--without", "speech", "--out",
+                str(tmp_path / "deaf.jsonl")])
         == 0)
     deaf = pd.read_json(tmp_path/"deaf.jsonl", lines=True)
     assert (deaf.gate_speech == 0).all()
     new.with_suffix(".voice.npy").unlink()
-    assert cli.predict([str(run), str(new)]) == 1
+    assert main(["predict", str(new), "--model", str(run)]) == 1
     assert "voice" in capsys.readouterr().err
 
 
@@ -205,23 +220,23 @@ def test_features_of_another_width(run, table, tmp_path, capsys):
     pd.read_csv(table)[["conversation", "speaker", "text"]].to_csv(new, index=False)
     np.save(new.with_suffix(".words.npy"), np.zeros((len(pd.read_csv(new)), 7), np.float32))
     np.save(new.with_suffix(".voice.npy"), np.load(table.with_suffix(".voice.npy")))
-    assert cli.predict([str(run), str(new)]) == 1
+    assert main(["predict", str(new), "--model", str(run)]) == 1
     assert re.search(r"7 wide.*trained with 5", capsys.readouterr().err)
 
 
 def test_report(run, capsys):
-    assert cli.report([str(run)]) == 0
+    assert main(["report", str(run)]) == 0
     page = (run/"report"/"index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 6
     assert "http://" not in page and "https://" not in page
 
 
 def test_a_test_selected_result_says_so_everywhere(table, tmp_path, capsys):
-    assert cli.train(training(table, tmp_path/"paper", "--protocol", "paper", "--seeds", "7,")) == 0
+    assert main(training(table, tmp_path/"paper", "--protocol", "paper", "--seeds", "7,")) == 0
     out = capsys.readouterr().out
     # the heading; a row for the mixture and each expert
     assert out.count("test-selected") == 5 and out.count(" strict ") == 4
-    assert cli.report([str(tmp_path/"paper")]) == 0
+    assert main(["report", str(tmp_path/"paper")]) == 0
     assert "test-selected" in (tmp_path/"paper"/"report"/"index.html").read_text(encoding="utf-8")
     assert Run(tmp_path/"paper").seeds == [7]
 
@@ -233,12 +248,15 @@ def test_extract_and_use(table, tmp_path, capsys):
     ).returncode:
         pytest.skip("the offline MiniLM package is not installed")
     assert (
-        cli.extract(["--corpus", str(table), "--text", "minilm", "--out", str(tmp_path / "store")])
+        main(
+            [
+                "extract", "--corpus", str(table), "--text", "minilm", "--out",
+                str(tmp_path / "store")])
         == 0)
     assert (
-        cli.train(
-            [
-                "--corpus", str(table), "--text", str(tmp_path / "store"), "--seeds", "1", "--set",
+        main([
+                "train", "--corpus", str(table), "--text", str(tmp_path / "store"), "--seeds",
+                "1", "--set",
                 "epochs=1", "--out", str(tmp_path / "run")])
         == 0)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"]["widths"] == {
@@ -300,7 +318,7 @@ def test_extract_and_use(table, tmp_path, capsys):
             "epochs is 0",
         ),
         ("evaluate", ["nowhere"], 1, "holds no summary.json"),
-        ("predict", ["nowhere", "talk.csv"], 1, "there is no model 'nowhere'"),
+        ("predict", ["talk.csv", "--model", "nowhere"], 1, "there is no model 'nowhere'"),
         ("report", ["nowhere"], 1, "holds no summary.json"),
         ("extract", ["--corpus", "sample", "--out", "x"], 1, "Give --text, --speech or --visual"),
         ("download", ["iemocap", "--out", "x"], 1, "not openly downloadable"),
@@ -308,12 +326,11 @@ def test_extract_and_use(table, tmp_path, capsys):
 )
 def test_mistakes_end_with_one_line(name, args, status, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try: got = getattr(cli, name)(args)
-    except SystemExit as e: got = e.code
+    got = main([name, *args])
     err = capsys.readouterr().err.strip()
     assert (
         got == status
         and message in err
-        and err.splitlines()[-1].startswith(f"erc_moe_{name}: ")
+        and err.splitlines()[-1].startswith(f"erc_moe {name}: ")
         and "Traceback" not in err)
     assert not (tmp_path/"x"/"summary.json").exists()

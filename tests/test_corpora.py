@@ -180,7 +180,7 @@ def test_no_text_is_empty_or_carries_control_characters(corpora):
 
 def test_a_missing_corpus_says_where_and_how(tmp_path, monkeypatch):
     for name, how in dict(
-        meld="erc_moe_download meld", emorynlp="erc_moe_download emorynlp",
+        meld="erc_moe download meld", emorynlp="erc_moe download emorynlp",
         iemocap="sails.usc.edu/iemocap", mosi="multicomp.cs.cmu.edu").items():
         with pytest.raises(DataError) as told: load_corpus(name, tmp_path)
         assert str(tmp_path/name) in str(told.value) and how in str(told.value)

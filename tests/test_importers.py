@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from erc_moe import cli
+from erc_moe.cli import main
 from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus, load_corpus
 from erc_moe.features import (
@@ -632,10 +632,11 @@ def sample_file(tmp_path_factory):
 def run(sample_file):
     out = sample_file.parent/"run"
     assert (
-        cli.train(
+        main(
             [
-                "--corpus", "sample", "--features", str(sample_file), "--model", "sure", "--preset",
-                "cpu", "--set", "epochs=1", "--set", "width=16", "--seeds", "1", "--device", "cpu",
+                "train", "--corpus", "sample", "--features", str(sample_file), "--model", "sure",
+                "--preset", "cpu", "--set", "epochs=1", "--set", "width=16", "--seeds", "1",
+                "--device", "cpu",
                 "--cache", str(sample_file.parent / "cache"), "--out", str(out)])
         == 0)
     return out
@@ -653,16 +654,17 @@ def test_train_on_a_feature_file(run, sample_file, capsys):
         for parts in Run(run).pipeline.parts.values()
         for p in parts
     ), "nothing is special about imported features"
-    cli.train(
+    main(
         [
-            "--corpus", "sample", "--features", str(sample_file), "--model", "sure", "--preset",
+            "train", "--corpus", "sample", "--features", str(sample_file), "--model", "sure",
+            "--preset",
             "cpu", "--set", "epochs=1", "--set", "width=16", "--seeds", "1", "--device", "cpu",
             "--cache", str(sample_file.parent / "cache"), "--out", str(run)])
     assert "labels agree in 100.00%" in capsys.readouterr().out
 
 
 def test_evaluate_gives_what_training_gave(run, tmp_path):
-    assert cli.evaluate([str(run), "--out", str(tmp_path/"scores.json")]) == 0
+    assert main(["evaluate", str(run), "--out", str(tmp_path/"scores.json")]) == 0
     assert (
         json.loads((tmp_path / "scores.json").read_text())["test"]["confusion"]
         == Run(run).summary["test"]["confusion"])
@@ -670,7 +672,7 @@ def test_evaluate_gives_what_training_gave(run, tmp_path):
 
 def test_other_conversations_cannot_be_predicted_and_it_is_said(run, tmp_path, capsys):
     (tmp_path/"talk.csv").write_text("conversation,speaker,text\nlunch,Ana,Hello.\n")
-    assert cli.predict([str(run), str(tmp_path/"talk.csv")]) == 1
+    assert main(["predict", str(tmp_path/"talk.csv"), "--model", str(run)]) == 1
     err = capsys.readouterr().err
     assert (
         "the model's text features come from the store" in err
@@ -696,23 +698,27 @@ def write_npy(path):
 
 def test_import_command(sample_file, tmp_path, capsys):
     assert (
-        cli.import_file([str(sample_file), "--corpus", "sample", "--out", str(tmp_path / "stores")])
+        main(
+            ["import", str(sample_file), "--corpus", "sample", "--out", str(tmp_path / "stores")])
         == 0)
     out = capsys.readouterr().out
     assert (
         "labels agree in 100.00%" in out
         and f"--speech {tmp_path / 'stores' / 'speech'}: FeatureStore(" in out)
     assert (
-        cli.import_file(
+        main(
             [
-                str(sample_file), "--corpus", "sample", "--layout", "sdt", "--out",
+                "import", str(sample_file), "--corpus", "sample", "--layout", "sdt", "--out",
                 str(tmp_path / "other")])
         == 1)
     assert "there is no layout 'sdt'. The layouts are" in capsys.readouterr().err
     bad = tmp_path/"bad.pkl"
     bad.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert (
-        cli.train(["--corpus", "sample", "--features", str(bad), "--out", str(tmp_path / "run")])
+        main(
+            [
+                "train", "--corpus", "sample", "--features", str(bad), "--out",
+                str(tmp_path / "run")])
         == 1)
     assert (
         "asks for os.system, which is not let through" in capsys.readouterr().err

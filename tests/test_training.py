@@ -297,7 +297,7 @@ def test_evaluating_again_gives_the_same_figures(run, corpus):
 
 def test_no_run(tmp_path):
     with pytest.raises(
-        DataError, match="holds no summary.json. Give a folder that erc_moe_train wrote"
+        DataError, match="holds no summary.json. Give a folder that erc_moe train wrote"
     ):
         Run(tmp_path)
 

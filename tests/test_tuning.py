@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from erc_moe import cli
+from erc_moe.cli import main
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
 from erc_moe.features import FeatureStore
@@ -75,13 +75,14 @@ SMALL = [
 
 def tuning(encoder, table, out, *more):
     return [
-        "--encoder", str(encoder), "--corpus", str(table), "--seeds", "1", "--folds", "2", *SMALL,
+        "tune", "--encoder", str(encoder), "--corpus", str(table), "--seeds", "1", "--folds", "2",
+        *SMALL,
         "--out", str(out), *more]
 
 
 def processes(count, call, tmp_path):
     script = tmp_path/"script.py"
-    script.write_text(f"import sys; from erc_moe import cli; sys.exit({call})")
+    script.write_text(f"import sys; from erc_moe.cli import main; sys.exit({call})")
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
@@ -95,7 +96,7 @@ def processes(count, call, tmp_path):
 @pytest.fixture(scope="module")
 def tuned(encoder, table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
-    processes(1, f"cli.tune({tuning(encoder, table, folder/'run')!r})", folder)
+    processes(1, f"main({tuning(encoder, table, folder/'run')!r})", folder)
     return TunedRun(folder/"run")
 
 
@@ -113,10 +114,13 @@ def test_it_learns_and_writes_its_card(tuned):
 
 
 def test_two_processes_tune_and_embed(encoder, table, tmp_path):
+    embedding = [
+        "embed", str(tmp_path/"run"), "--corpus", str(table), "--out", str(tmp_path/"store"),
+        "--device", "cpu"]
     out = processes(
         2,
-        f"cli.tune({tuning(encoder, table, tmp_path / 'run')!r}) or "
-        f"cli.embed({[str(tmp_path / 'run'), '--corpus', str(table), '--out', str(tmp_path / 'store'), '--device', 'cpu']!r})",
+        f"main({tuning(encoder, table, tmp_path / 'run')!r}) or "
+        f"main({embedding!r})",
         tmp_path)
     assert out.count("text encoder on talk") == 1, "one process reports"
     corpus, store = load_corpus(table), FeatureStore(tmp_path/"store")
@@ -135,7 +139,7 @@ def test_a_killed_tuning_carries_on(encoder, table, tmp_path):
     process = subprocess.Popen(
         [
             sys.executable, "-c",
-            f"import sys; from erc_moe import cli; sys.exit(cli.tune({args!r}))"],
+            f"import sys; from erc_moe.cli import main; sys.exit(main({args!r}))"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True)
@@ -146,7 +150,7 @@ def test_a_killed_tuning_carries_on(encoder, table, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = log.read_text().splitlines()[0]
-    processes(1, f"cli.tune({args!r})", tmp_path)
+    processes(1, f"main({args!r})", tmp_path)
     assert log.read_text().splitlines()[0] == before and TunedRun(tmp_path/"run").summary["epochs"]
 
 
@@ -225,25 +229,26 @@ def test_part_of_the_corpus_is_not_embedded_with_folds(tuned, table, tmp_path):
 def test_conversations_of_ones_own_are_embedded_and_predicted(tuned, table, tmp_path, capsys):
     embed(tuned, load_corpus(table), tmp_path/"store", device="cpu")
     assert (
-        cli.train(
+        main(
             [
-                "--corpus", str(table), "--text", str(tmp_path / "store"), "--seeds", "1", "--set",
+                "train", "--corpus", str(table), "--text", str(tmp_path / "store"), "--seeds",
+                "1", "--set",
                 "epochs=20", "--set", "hidden=8", "--set", "lr=2e-2", "--device", "cpu", "--out",
                 str(tmp_path / "run")])
         == 0)
     (tmp_path / "lunch.csv").write_text(
         "conversation,speaker,text\nlunch,Ana,it was lovely\nlunch,Ben,the day was awful\n")
-    predict = [str(tmp_path/"run"), str(tmp_path/"lunch.csv")]
-    assert cli.predict(predict) == 1
-    assert "erc_moe_embed" in capsys.readouterr().err
+    predict = ["predict", str(tmp_path/"lunch.csv"), "--model", str(tmp_path/"run")]
+    assert main(predict) == 1
+    assert "erc_moe embed" in capsys.readouterr().err
     assert (
-        cli.embed(
+        main(
             [
-                str(tuned.folder), "--corpus", str(tmp_path / "lunch.csv"), "--out",
+                "embed", str(tuned.folder), "--corpus", str(tmp_path / "lunch.csv"), "--out",
                 str(tmp_path / "lunch"), "--device", "cpu"])
         == 0)
     assert (
-        cli.predict(
+        main(
             [*predict, "--text", str(tmp_path / "lunch"), "--out", str(tmp_path / "said.csv")])
         == 0)
     assert pd.read_csv(tmp_path/"said.csv").predicted.tolist() == ["joy", "anger"]
@@ -251,5 +256,5 @@ def test_conversations_of_ones_own_are_embedded_and_predicted(tuned, table, tmp_
         tmp_path / "other",
         replace(tuned_extractor := FeatureStore(tmp_path / "lunch").extractor, revision="another"))
     other.add(["lunch_0", "lunch_1"], np.zeros((2, tuned_extractor.width)))
-    assert cli.predict([*predict, "--text", str(tmp_path/"other")]) == 1
+    assert main([*predict, "--text", str(tmp_path/"other")]) == 1
     assert "is not what the model was trained with" in capsys.readouterr().err

@@ -43,10 +43,12 @@ if __name__ == "__main__":
         "import erc_moe.mister_e, erc_moe.corpora, erc_moe.cli; "
         "print(erc_moe.__file__.split('site-packages')[1])")
     call(
-        ENV / "bin/erc_moe_train", "--model", "mister_e", "--corpus", "sample", "--text", "minilm",
+        ENV / "bin/erc_moe", "train", "--model", "mister_e", "--corpus", "sample", "--text", "minilm",
         "--speech", "egemaps", "--preset", "cpu", "--seeds", "1", "--out", RUN)
-    call(ENV / "bin/erc_moe_evaluate", RUN)
+    call(ENV / "bin/erc_moe", "evaluate", RUN)
     sample = next(ENV.glob("lib/python3*/site-packages/erc_moe/sample/conversations.csv"))
-    call(ENV / "bin/erc_moe_predict", RUN, sample, "--out", RUN / "predictions.csv")
-    call(ENV / "bin/erc_moe_report", RUN)
+    call(
+        ENV / "bin/erc_moe", "predict", sample, "--model", RUN, "--out",
+        RUN / "predictions.csv")
+    call(ENV / "bin/erc_moe", "report", RUN)
     print(f"{wheel.name} installs, imports and runs its commands in a clean environment")

@@ -1,3 +1,4 @@
 "Corpora: what they become once read, and a reader for each."
-from .core import SPLITS, Corpus, FeatureTable, plot_balance
-from .registry import CORPORA, load_corpus
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

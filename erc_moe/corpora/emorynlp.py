@@ -17,7 +17,7 @@ from .files import find_folder, parse_times, read_numbers, read_table, some
 LABELS = ["joyful", "mad", "neutral", "peaceful", "powerful", "sad", "scared"]
 # split -> the name it has in the files
 FILES = {"train": "train", "validation": "dev", "test": "test"}
-HOW = "Get it with the command: erc_moe_download emorynlp --out DIR"
+HOW = "Get it with the command: erc_moe download emorynlp --out DIR"
 
 # %% ../../nbs/503_emorynlp.ipynb #7d7bebd9
 def load_emorynlp(

@@ -24,7 +24,7 @@ CLIPS = {
     "test": "output_repeated_splits_test"}
 SHORTEST, LONGEST = 0.1, 40.0     # seconds; times outside are an accident of the subtitle alignment
 HOW = (
-    "Get its text with the command: erc_moe_download meld --out DIR. Its clips are on "
+    "Get its text with the command: erc_moe download meld --out DIR. Its clips are on "
     "https://affective-meld.github.io")
 
 # %% ../../nbs/501_meld.ipynb #e2ad95c0

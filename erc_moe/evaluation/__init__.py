@@ -1,11 +1,4 @@
 "Scores of predictions, how far they can be trusted, and whether two systems differ."
-from .. import lazily
+import lazy_loader
 
-_PLACES = {
-    "calibration": ["calibrate", "fit_temperature"],
-    "metrics": ["CalibrationBins", "Metrics", "calibration_bins", "evaluate_logits"],
-    "statistics": ["Difference", "Interval", "accuracy", "bootstrap_interval",
-                   "conversation_counts", "over_seeds", "paired_bootstrap", "resampled_scores",
-                   "weighted_f1"]}
-__all__ = [name for names in _PLACES.values() for name in names]
-__getattr__ = lazily(__name__, {name: at for at, names in _PLACES.items() for name in names})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

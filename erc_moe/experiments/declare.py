@@ -170,16 +170,16 @@ def made_by(
     corpus, _, kind = Path(store).name.partition("-")
     if kind in ("tuned", "crossfit"): return "make tuned"
     if kind in _EXTRACTED:
-        return f"erc_moe_extract --corpus {corpus} {_EXTRACTED[kind]} --out {store}"
+        return f"erc_moe extract --corpus {corpus} {_EXTRACTED[kind]} --out {store}"
     if not (encoder := (_TUNED | _HEARD).get(kind)): return "a feature store of yours"
     modality, parts = (
         ("speech", " --set parts=..." if kind.startswith("salmonn") else "")
         if kind in _HEARD
         else ("text", ""))
     return (
-        f"erc_moe_tune --modality {modality} --encoder {encoder}{parts} --corpus "
+        f"erc_moe tune --modality {modality} --encoder {encoder}{parts} --corpus "
         f"{corpus} --preset paper --out runs/{corpus}-{kind} && "
-        f"erc_moe_embed runs/{corpus}-{kind} --corpus {corpus} --out {store}")
+        f"erc_moe embed runs/{corpus}-{kind} --corpus {corpus} --out {store}")
 
 # %% ../../nbs/830_experiments.ipynb #da0a67d7
 def lacking(

@@ -125,9 +125,9 @@ class Ledger:
         if not path.exists():
             raise DataError(
                 f"{self.folder} knows nothing of {corpus}",
-                "Run erc_moe_reproduce with an experiment on it.")
+                "Run erc_moe reproduce with an experiment on it.")
         return read_json(
-            path, "Delete it, and the next erc_moe_reproduce on this corpus writes it again.",
+            path, "Delete it, and the next erc_moe reproduce on this corpus writes it again.",
             ("labels", "split_hash", "test"))
 
     def set_truth(self, corpus: Corpus):

@@ -86,7 +86,7 @@ def results(
                     f"{row.name} on {corpus}: its {len(records)} seeds were not all "
                     "trained with the same code, features and configuration, and have "
                     "no mean",
-                    f"Run erc_moe_reproduce {e.name} --seeds "
+                    f"Run erc_moe reproduce {e.name} --seeds "
                     f"{records[-1]['cell']['seed'] + 1}, which trains the old ones again.")
             if records: found[row.name, corpus] = Result(row, corpus, ledger, records)
     return found
@@ -290,7 +290,7 @@ def statuses(
         for corpus in (c for c in e.corpora if c in row.paper):
             r, reference, paper = (
                 found.get((row.name, corpus)), found.get((e.reference, corpus)), row.paper[corpus])
-            score, command = r and r.score(), f"erc_moe_reproduce {e.name}"
+            score, command = r and r.score(), f"erc_moe reproduce {e.name}"
             if r is None:
                 cell = row.cell(corpus, preset)
                 needs = [*dict.fromkeys(lacking(cell).values())] if cell else []

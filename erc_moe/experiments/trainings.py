@@ -95,7 +95,7 @@ def plot_trainings(
     """Weighted F1 over epochs on validation and test, a line per seed, with the epochs that both
     protocols chose."""
     if not trained:
-        raise DataError("no training to draw", "Run erc_moe_reproduce with its experiment first.")
+        raise DataError("no training to draw", "Run erc_moe reproduce with its experiment first.")
     fig, axes = plt.subplots(
         1, len(trained), figsize=(width, 3), dpi=100, squeeze=False, layout="constrained")
     for ax, result in zip(axes[0], trained):

@@ -63,7 +63,7 @@ def attach(
         for lost in FeatureStore(p.source).missing(u.id for u in utterances)[:1]:
             raise DataError(
                 f"the model's {m} features come from the store {p.source}, which has none of it",
-                "Embed these conversations with the same encoder (erc_moe_embed) and "
+                "Embed these conversations with the same encoder (erc_moe embed) and "
                 f"name that store (--{m} STORE), or say "
                 f"without=[{m!r}] (--without {m}). For features of an imported file "
                 "there is no encoder to be had: "

@@ -149,7 +149,7 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
                 store, {k: inputs[u] for u, k in keys.items()}, compute, missing, progress=progress)
         except DataError as error:  # the store knows content, its reader utterances
             utterance = next((u for u, k in keys.items() if k == error.utterance), error.utterance)
-            raise DataError(error.problem, error.mend, utterance=utterance) from error
+            raise DataError(error.problem, error.fix, utterance=utterance) from error
         broken |= {u: store.absent[k] for u, k in keys.items() if k in store.absent}
         there = [u for u in ids if u in keys and u not in broken]
         # (N,), (N, D)
@@ -216,8 +216,8 @@ def _kind(source, arrays, modality):
     if modality == "speech" and source.startswith("hf:"):
         raise DataError(
             f"{source!r} is read as a text encoder, and no source of speech",
-            f"Tune it on speech (erc_moe_tune --modality speech --encoder {source[3:]} --out RUN), "
-            "embed with it (erc_moe_embed RUN --out STORE), and name the store: --speech STORE")
+            f"Tune it on speech (erc_moe tune --modality speech --encoder {source[3:]} --out RUN), "
+            "embed with it (erc_moe embed RUN --out STORE), and name the store: --speech STORE")
     raise DataError(
         f"{source!r} is a source of {made_for}, and cannot stand for {modality}",
         f"Name it as --{made_for} {source}")

@@ -47,7 +47,7 @@ class Run:
                 + (", its training was not finished" if begun else ""),
                 "Repeat the command that began it: it carries on where it stopped."
                 if begun
-                else "Give a folder that erc_moe_train wrote.")
+                else "Give a folder that erc_moe train wrote.")
         self.summary = read_json(
             self.folder/"summary.json", "Repeat the command that trained it: it writes the file again.",
             ("model", "corpus", "labels", "seeds", "features", "validation", "test"))

@@ -64,14 +64,14 @@ class TunedRun:
         if not path.exists():
             raise DataError(
                 f"{self.folder} holds no finished tuning",
-                "Give a folder that erc_moe_tune wrote; repeat its command if it was stopped.")
+                "Give a folder that erc_moe tune wrote; repeat its command if it was stopped.")
         self.summary = read_json(
             path, "Repeat the command that tuned it: it writes the file again.",
             ("labels", "seeds", "model", "split_hash", "config"))
         if "modality" not in self.summary:
             raise DataError(
                 f"{self.folder} holds a run of {self.summary.get('model')}, not a tuned encoder",
-                "Give a folder that erc_moe_tune wrote.")
+                "Give a folder that erc_moe tune wrote.")
         self.labels, self.seeds, self.modality = (
             self.summary["labels"], self.summary["seeds"], self.summary["modality"])
         self.folds: dict[str, int] = self._read_folds() if self.summary["folds"] else {}

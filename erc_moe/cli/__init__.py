@@ -1,0 +1,4 @@
+"The command `erc_moe`: one program, a subcommand per task."
+from .program import main
+
+__all__ = ["main"]
