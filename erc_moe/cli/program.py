@@ -12,10 +12,10 @@ from . import records, training, using
 from .core import COMMANDS, Parser, add_command, command, option
 from .door import explain
 
-# %% ../../nbs/005_commands.ipynb #761a3174
+# %% ../../nbs/005_commands.ipynb #675233b8
 ORDER = (
-    "predict", "demo", "train", "evaluate", "report", "download", "extract", "import", "tune", "embed",
-    "reproduce", "completion")
+    "predict", "demo", "train", "evaluate", "report", "download", "extract", "import", "tune",
+    "embed", "reproduce", "completion")
 
 # %% ../../nbs/005_commands.ipynb #38b5af83
 def one_line_each(prog: str) -> argparse.HelpFormatter:
