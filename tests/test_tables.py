@@ -212,3 +212,30 @@ def test_pickles_that_claim_too_much_are_refused_before(tmp_path, data):
     (tmp_path/"f.pkl").write_bytes(data)
     with pytest.raises(DataError, match="nested over|keeps a value at|claims"):
         read_pickle(tmp_path/"f.pkl")
+
+
+@pytest.mark.parametrize("name, text, problem", [
+    ("t.csv", 'id,text\na,"open\nb,c\n', "line 2 is no CSV row"),
+    ("t.csv", 'id,text\na,"b"c\n', "line 2 is no CSV row"),
+    ("t.csv", "id,text\na,\0\n", "line 2 holds a NUL"),
+    ("t.jsonl", '{"id": "\\ud800"}', "half a character"),
+    ("t.jsonl", '{"id": {"a": 1}}', "more than a text"),
+    ("t.jsonl", '{"id": 1, "id": 2}', "has 'id' twice"),
+    ("t.jsonl", "[" * 100_000, "nested too deep"), ("t.csv", "id,id\n1,2\n", "2 columns 'id'"),
+    ("t.csv", "", "t.csv is empty"), ("t.xlsx", "id\n1\n", "Rename it to t.csv")])
+def test_what_is_no_table_is_told_in_one_line(tmp_path, name, text, problem):
+    with pytest.raises(DataError, match=problem) as told: read_rows(write(tmp_path/name, text))
+    assert "\n" not in str(told.value).strip()
+
+
+def test_numbers_of_json_keep_their_digits(tmp_path):
+    path = write(tmp_path/"t.jsonl", '{"a": 1.0, "b": 1e400, "c": ' + "9"*5000 + ', "d": true}')
+    assert read_rows(path)[1] == [["1.0", "1e400", "9"*5000, "true"]]
+
+
+def test_an_array_that_claims_more_than_it_holds_is_refused_before(tmp_path):
+    np.save(tmp_path/"f.npy", np.ones((3, 2), np.float32))
+    whole = (tmp_path/"f.npy").read_bytes()
+    (tmp_path/"f.npy").write_bytes(whole.replace(b"(3, 2), }" + b" "*9, b"(3, 2000000000), }"))
+    with pytest.raises(DataError, match="claims 24000000000 bytes and holds 24"):
+        read_features(tmp_path/"f.npy", list("abc"), "f")

@@ -60,11 +60,14 @@ def _unreadable(name, problem):
         f"iconv -f WINDOWS-1252 -t UTF-8 {name} > utf8_{name}")
 
 # %% ../../nbs/809_encodings.ipynb #11263822
+# how ISO-2022-JP, which is ASCII by its bytes, turns to Japanese and back
+_JIS = re.compile(rb"\x1b\$[@B][!-~]+\x1b\([BJ]")
+
 def _find_encoding(data, name):
     if b"\0" in data: return _find_utf16(data)
     high = [(i, l) for i, l in enumerate(data.split(b"\n"), 1) if not l.isascii()]
     other = [(i, l) for i, l in high if not _is_utf8(l)]
-    if not other: return "iso2022_jp" if b"\x1b$" in data else "utf-8"
+    if not other: return "iso2022_jp" if _JIS.search(data) and not high else "utf-8"
     if len(other) < len(high) - len(other):
         raise _unreadable(name, f"is UTF-8 except in {len(other)} lines (line {other[0][0]} first)")
     sample = b"\n".join(l for _, l in other)[:200_000]
