@@ -3,6 +3,7 @@ wrong file."""
 import hashlib
 import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Server:
     def __init__(self):
         self.content, self.limit, self.ranges, self.status, self.asked = (
             {f"/{FILE.path}": CONTENT}, None, True, None, [])
-        outer = self
+        outer, self.slow = self, False
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_): pass
@@ -40,6 +41,12 @@ class Server:
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
+                if outer.slow:
+                    try:
+                        for i in range(start, len(content)):
+                            self.wfile.write(content[i:i + 1]); time.sleep(.1)
+                    except OSError: pass
+                    return
                 self.wfile.write(
                     content[start:] if outer.limit is None else content[start : start + outer.limit]
                 )
@@ -159,3 +166,22 @@ def test_the_checksums_are_those_of_the_official_files(server, tmp_path, name):
 
 def test_a_licensed_corpus_is_not_downloaded(tmp_path):
     with pytest.raises(DataError, match="sails.usc.edu"): download_corpus("iemocap", tmp_path)
+
+
+def test_a_download_that_crawls_is_given_up_and_keeps_what_came(server, tmp_path):
+    server.slow, began = True, time.monotonic()
+    with pytest.raises(DataError, match="comes too slowly.*carries on from what arrived"):
+        fetch(FILE, tmp_path, server.address, deadline=1)
+    assert time.monotonic() - began < 10
+    came = (tmp_path/"rows.bin.part").read_bytes()
+    assert 0 < len(came) < 30 and CONTENT.startswith(came)
+    server.slow = False
+    assert fetch(FILE, tmp_path, server.address).read_bytes() == CONTENT
+
+
+def test_two_who_download_at_once_get_one_file(server, tmp_path):
+    threads = [
+        threading.Thread(target=fetch, args=(FILE, tmp_path, server.address)) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert (tmp_path/"rows.bin").read_bytes() == CONTENT and len(server.asked) == 1

@@ -347,3 +347,36 @@ def test_the_broken_clips_of_meld_do_not_reach_the_model():
         0 < (~present).sum() < 40
         and np.abs(train.mean(0)).max() < 0.05
         and np.abs(train.std(0) - 1).max() < 0.05)
+
+
+def test_a_store_gives_its_rows_to_no_other_words(tmp_path):
+    from erc_moe.features.pipeline import contents
+    def corpus(text):
+        turns = [Utterance(f"{s}{i}", "Ann", text, "joy") for s in "tvs" for i in range(2)]
+        splits = dict(zip(("train", "validation", "test"), (turns[:2], turns[2:4], turns[4:])))
+        return Corpus("own", ["joy"], {s: [Conversation(s, t)] for s, t in splits.items()})
+    said, other = corpus("So it is."), corpus("So it was.")
+    turns = [u for c in said.conversations for u in c.utterances]
+    store = FeatureStore(tmp_path/"words", Extractor("e", "1", 2))
+    rows = np.tile([[0, 1], [1, 0]], (3, 1))
+    store.add([u.id for u in turns], rows, content=contents(turns, "text"))
+    fitted = FeaturePipeline({"text": str(store.path)}).fit(said)
+    assert not fitted.apply(said).faults
+    with pytest.raises(DataError, match="utterance 't0': .*computed from other words"):
+        fitted.apply(other)
+    old = FeatureStore(tmp_path/"old", Extractor("e", "1", 2))
+    old.add([u.id for u in turns], rows)
+    told = FeaturePipeline({"text": str(old.path)}).fit(said).apply(other).faults
+    assert len(told) == 1 and "do not say what they were computed from: 6" in told[0]
+
+
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path):
+    (tmp_path/"precious.safetensors").write_bytes(b"mine")
+    store = FeatureStore(tmp_path/"store", Extractor("e", "1", 1))
+    store.add(["a"], [[1]])
+    manifest = store.path/"manifest.json"
+    text = manifest.read_text().replace(store.shards[0]["file"], "../precious.safetensors")
+    manifest.write_text(text)
+    for use in (lambda: store.repair(), lambda: FeatureStore(store.path)):
+        with pytest.raises(DataError, match="which is no file of its folder"): use()
+    assert (tmp_path/"precious.safetensors").read_bytes() == b"mine"

@@ -351,3 +351,58 @@ def test_conversation_without_a_needed_modality(run, corpus):
         run.predict([deaf], prepared=True)
     with pytest.raises(DataError, match="4 wide where the model takes"):
         run.predict([convs[0].with_features("speech", np.zeros((len(convs[0]), 4)))], prepared=True)
+
+
+def test_a_model_in_a_file_of_ones_own(corpus, tmp_path, capsys):
+    "The run folder knows the model by name, and runs nothing until the user has named the file."
+    from erc_moe.models import MODELS
+    file = tmp_path/"mine.py"
+    file.write_text(
+        "from test_training import Tiny, TinyConfig\n"
+        "class Mine(Tiny):\n"
+        "    config_class = TinyConfig\n"
+        "    presets = {'cpu': {'': dict(epochs=2, batch_size=4, lr=1e-2)}}\n")
+    run = train(
+        f"{file}:Mine", corpus, text="words", seeds=1, device="cpu", progress=False,
+        out=tmp_path/"run")
+    assert run.summary["model"] == "mine.py:Mine" and str(tmp_path) not in run.summary["model"]
+    for name in [m for m in MODELS if ".py:" in m]: del MODELS[name]
+    with pytest.raises(DataError, match="If you have that file and trust it.*--model"):
+        Run(run.folder)
+    again = Run(run.folder, f"{file}:Mine")
+    assert same(weights(run, 0), weights(again, 0))
+    file.write_text(file.read_text() + "Mine.marked = True\n")
+    capsys.readouterr()
+    Run(run.folder, f"{file}:Mine")
+    assert "has changed since it was trained" in capsys.readouterr().err
+    with pytest.raises(DataError, match="the run's model is mine.py:Mine"):
+        Run(run.folder, "tiny")
+    for name in [m for m in MODELS if ".py:" in m]: del MODELS[name]
+
+
+def test_weights_that_are_no_numbers_are_refused(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+    copy = Run(shutil.copytree(run.folder, tmp_path/"copy"))
+    path = copy.folder/"seed-0"/"model"/"model.safetensors"
+    state = load_file(path)
+    save_file({k: torch.full_like(x, math.nan) for k, x in state.items()}, path)
+    with pytest.raises(DataError, match="hold NaN or infinity"): copy.model(0)
+
+
+def test_another_corpus_of_the_same_name_is_not_scored_as_its_own(run):
+    with pytest.raises(DataError, match="not the made_up that the run was trained on"):
+        run.evaluate(make_corpus(1))
+    assert run.evaluate(make_corpus(1), other=True)
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(seeds=[0, 0]), "the seed 0 was given twice"), (dict(seeds=[-1]), "a seed is -1"),
+    (dict(checkpoint_seconds=math.nan), "checkpoint_seconds is nan")])
+def test_more_impossible_wishes(corpus, tmp_path, change, message):
+    with pytest.raises(DataError, match=message): run_tiny(corpus, tmp_path/"run", **change)
+
+
+def test_seeds_asked_for_before_stay_in_the_summary(corpus, tmp_path, capsys):
+    run_tiny(corpus, tmp_path/"run", seeds=2, changes=dict(epochs=1))
+    assert run_tiny(corpus, tmp_path/"run", seeds=1, changes=dict(epochs=1)).seeds == [0, 1]
+    assert "holds more finished seeds: 1" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def begin_run(
         raise DataError(
             f"{folder} is not empty and holds no run ({some(odd)})", "Choose another folder.")
     with locked(folder/".lock", folder):
-        clear_partials(folder)
+        for place in (folder, folder/"features"): clear_partials(place)
         if not there.exists(): write_json(there, settings)
         before = read_json(there, f"Choose another folder, or delete {folder}.")
         flat = lambda d, at="": {
