@@ -95,9 +95,12 @@ def code_files(
 # %% ../nbs/819_code_hashes.ipynb #608bb656
 def code_hash(
     *modules: str,
-) -> str:             # 16 hexadecimal digits
+    library: bool = True,    # False: of the user's own files alone
+) -> str:                    # 16 hexadecimal digits
     "Hash of what `modules` and all that they rest on compute."
     digest, files = hashlib.sha256(), {}
     for module in modules: files |= code_files(module)
-    for name, file in sorted(files.items()): digest.update(f"{name}\n{_source(file)[0]}\n".encode())
+    for name, file in sorted(files.items()):
+        if library or name.partition(".")[0] != "erc_moe":
+            digest.update(f"{name}\n{_source(file)[0]}\n".encode())
     return digest.hexdigest()[:16]

@@ -60,7 +60,7 @@ class Run:
         entry = find_model(model)
         if entry.name != name:
             raise DataError(f"the run's model is {name}, not {entry.name}", f"Name {name}.")
-        if made and made != code_hash(entry.model.__module__):
+        if made and made != code_hash(entry.model.__module__, library=False):
             print(f"{self.folder}: {name} has changed since it was trained", file=sys.stderr)
         return entry
 
@@ -273,7 +273,7 @@ def train(
     settings = dict(
         model=entry.name,
         # of a model that is none of this package
-        **({} if ours else {"model_code": code_hash(entry.model.__module__)}),
+        **({} if ours else {"model_code": code_hash(entry.model.__module__, library=False)}),
         corpus=corpus.name,
         corpus_note=corpus.protocol_note,
         labels=corpus.labels,
