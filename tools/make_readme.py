@@ -30,6 +30,7 @@ def readme() -> str:
     text = re.sub(r"```python\n\s*```\n", "", text)
     text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.S)
     text = re.sub(r"\]\((\d\d\d_\w+\.ipynb)\)", r"](nbs/\1)", text)
+    text = re.sub(r"(\]\(|src(?:set)?=\")figures/", r"\1nbs/figures/", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
