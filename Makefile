@@ -16,9 +16,11 @@ help:            ## what can be made
 
 setup: .venv/.ready      ## the environment, through the tested versions
 
-demo: setup      ## train MiSTER-E on the sample corpus from raw text and speech; table, report, pictures
+demo: setup      ## train MiSTER-E on the sample corpus from raw text and speech; then the model in the box on a recording
 	$(BIN)/erc_moe train --model mister_e --corpus sample --text minilm --speech egemaps --preset cpu --seeds 3 --out runs/demo
 	$(BIN)/erc_moe report runs/demo
+	$(BIN)/python tools/sample_talk.py runs/demo/talk
+	$(BIN)/erc_moe predict runs/demo/talk/talk.wav --transcript runs/demo/talk/talk.srt
 
 test: export OMP_NUM_THREADS = 1
 test: setup      ## every notebook and every test

@@ -232,17 +232,17 @@ def parse_changes(
     *configs,                  # dataclass instances, the first that has the field takes it
 ) -> list[dict]:               # per configuration: field -> value
     "Sort settings written as text to the configurations that have such fields, in their types."
-    changes = [{} for _ in configs]
+    changes, given = [{} for _ in configs], {"model", "classes"}
     for setting in settings:
         name, equals, text = setting.partition("=")
         place = next(
             (i for i, c in enumerate(configs) if any(f.name == name for f in fields(c))), None)
-        if not equals or place is None:
+        if not equals or place is None or name in given:
             known = ", ".join(
                 f.name
                 for c in configs
                 for f in fields(c)
-                if not isinstance(getattr(c, f.name), (dict, list)))
+                if f.name not in given and not isinstance(getattr(c, f.name), (dict, list)))
             raise DataError(
                 f"cannot set {setting!r}", f"Write name=value with one of these names: {known}.")
         changes[place][name] = _parse(name, text, getattr(configs[place], name))

@@ -1,5 +1,7 @@
 """The commands, as a user meets them: in processes of their own, killed in the middle, with
 mistakes."""
+import contextlib
+import io
 import json
 import os
 import re
@@ -14,10 +16,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import erc_moe
 from erc_moe.cli import main
 from erc_moe.cli.core import COMMANDS
+from erc_moe.cli.using import trained_on
+from erc_moe.conversations import DataError
 from erc_moe.training import Run
 
 
@@ -187,6 +193,92 @@ def test_evaluate(run, table, capsys, tmp_path):
     assert again["test"]["confusion"] == summary["test"]["confusion"]
 
 
+def test_evaluate_finds_the_run_s_own_table(run, capsys, monkeypatch, tmp_path):
+    assert main(["evaluate", str(run), "--split", "test"]) == 0
+    assert "per class F1" in capsys.readouterr().out
+    summary = json.loads((run/"summary.json").read_text())
+    with pytest.raises(DataError, match="Give its path: --corpus TABLE"):
+        trained_on(summary | {"command": "erc_moe train --corpus=gone.csv"})
+
+
+def test_predict_by_the_model_in_the_box(tmp_path, capsys, monkeypatch):
+    chat = "Ana: That is wonderful news!\nBen: I know.\n"
+    (tmp_path/"talk.txt").write_text(chat)
+    assert main(["predict", str(tmp_path/"talk.txt")]) == 0
+    said = capsys.readouterr().out
+    assert "wonderful" in said and str(tmp_path/"talk.emotions.html") in said
+    assert "wonderful" in (tmp_path/"talk.emotions.html").read_text(encoding="utf-8")
+    of_file = pd.read_csv(tmp_path/"talk.emotions.csv")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(chat.encode())))
+    assert main(["predict", "-", "--no-page", "--out", str(tmp_path/"pasted.csv")]) == 0
+    assert pd.read_csv(tmp_path/"pasted.csv").p_joy.tolist() == of_file.p_joy.tolist()
+    assert not (tmp_path/"pasted.html").exists()
+    assert main(["predict", str(tmp_path/"talk.emotions.csv"), "--out",
+                 str(tmp_path/"talk.emotions.csv")]) == 2
+    assert "is the input" in capsys.readouterr().err
+
+
+def test_a_label_that_the_model_does_not_know_is_passed_through(tmp_path, capsys):
+    (tmp_path/"talk.csv").write_text(
+        "conversation,speaker,text,label\nc,Ana,Hello.,contempt\nc,Ben,Hi.,joy\n")
+    assert main(["predict", str(tmp_path/"talk.csv")]) == 0
+    assert pd.read_csv(tmp_path/"talk.emotions.csv").label.tolist() == ["contempt", "joy"]
+
+
+@pytest.mark.parametrize(
+    "make,word", [
+        (lambda p: p.write_text(""), "not a folder"), (lambda p: p.mkdir(mode=0o500), None)])
+def test_a_place_that_cannot_be_written_to_is_one_line(make, word, tmp_path, capsys):
+    (tmp_path/"talk.txt").write_text("Ana: Hello.\n")
+    make(tmp_path/"place")
+    if word is None and os.access(tmp_path/"place", os.W_OK): pytest.skip("root writes everywhere")
+    out = tmp_path/"place"/"below"/"out.csv"
+    assert main(["predict", str(tmp_path/"talk.txt"), "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "place" in err and (word or "permissions") in err
+
+
+def test_a_closed_pipe_says_nothing(tmp_path):
+    process = command("train", "--help")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() in (0, 141)
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["evaluate", "nowhere", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+WORDS = st.sampled_from([
+    *COMMANDS, "--corpus", "sample", "--out", "", "-", "--seeds", "0,0", "--set", "lr", "lr=x",
+    "--model", "nowhere", "--split", "--show", "--page", "--without", "text", "--debug", "\0",
+    "--seed", "-1", "--workers", "9"*30, "/dev/null", ".", "é", "\ud800"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(WORDS, max_size=6).filter(
+    lambda argv: not {"download", "demo", "tune", "extract"} & set(argv[:1]) and "-" not in argv))
+def test_no_command_line_ends_in_a_traceback(argv):
+    out, err = io.StringIO(), io.StringIO()
+    argv = [w for w in argv if w != "--debug"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): status = main(argv)
+    assert status in (0, 1, 2) and "Traceback" not in err.getvalue()
+    assert "unexpected" not in err.getvalue(), argv
+    assert status == 0 or len(err.getvalue().splitlines()) == 1
+
+
+def test_completion_in_bash(tmp_path):
+    script = subprocess.run(
+        [sys.executable, "-m", "erc_moe", "completion", "bash"], capture_output=True, text=True)
+    assert script.returncode == 0
+    (tmp_path/"completion.sh").write_text(script.stdout)
+    ask = (
+        f"source {tmp_path/'completion.sh'}; COMP_WORDS=(erc_moe tr); COMP_CWORD=1; "
+        "_shtab_erc_moe erc_moe tr erc_moe; echo ${COMPREPLY[@]}")
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+    assert done.stdout.split() == ["train"], done.stderr
+
+
 def test_predict(run, table, tmp_path, capsys):
     new = tmp_path/"new.csv"
     rows = pd.read_csv(table).query("split == 'test'")
@@ -310,6 +402,12 @@ def test_extract_and_use(table, tmp_path, capsys):
             ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "speed=1"],
             1,
             "one of these names: epochs",
+        ),
+        (
+            "train",
+            ["--corpus", "sample", "--out", "x", "--text", "minilm", "--set", "model=sure"],
+            1,
+            "cannot set 'model=sure'",
         ),
         (
             "train",

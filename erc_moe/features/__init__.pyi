@@ -1,5 +1,6 @@
 "Features: frozen text embeddings, openSMILE functionals, Praat's prosody, DenseNet faces, precomputed arrays; stored, standardised, attached to conversations."
-from .importers import LAYOUTS, ImportedFeatures, FileLayout, import_features
+from .importers import ImportedFeatures, import_features
+from .layouts import LAYOUTS, FileLayout
 from .pickles import read_pickle
 from .pipeline import FeaturePipeline, cache_folder
 from .prosody import Prosody8, prosody8

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..conversations import Conversation, DataError, label_indices
+from ..conversations import Conversation, DataError
 from ..evaluation.calibration import calibrate
 from ..files import atomic_write
 from ..page import NOTE, Frame, fragment_html, framed, make_views, page_html
@@ -135,8 +135,11 @@ class Predictions:
 
     @property
     def truth(self) -> np.ndarray:
-        "int64 (M,): the class that each utterance was labelled with, -1 where unlabelled."
-        return np.array([i for c in self.conversations for i in label_indices(c, self.labels)])
+        """int64 (M,): the class that each utterance was labelled with, -1 where unlabelled or
+        labelled with what the model does not know."""
+        index = {l: i for i, l in enumerate(self.labels)}
+        return np.array(
+            [index.get(u.label, -1) for c in self.conversations for u in c.utterances])
 
     def split(self) -> Iterator["Predictions"]:
         "The predictions of each conversation, one by one."
