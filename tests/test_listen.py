@@ -20,7 +20,8 @@ def whisper(tmp_path_factory):
     "Whisper-base, joined from the files of two packages, of which no code is imported."
     pytest.importorskip("faster_whisper")
     try: files = [f for p in PIECES for f in importlib.metadata.files(p) if "data" in f.parts]
-    except importlib.metadata.PackageNotFoundError: pytest.skip("make test-listen installs the model")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("make test-listen installs the model")
     folder = tmp_path_factory.mktemp("whisper")
     parts = sorted((f for f in files if ".part" in f.name), key=lambda f: f.name)
     model = b"".join(f.locate().read_bytes() for f in parts)

@@ -48,7 +48,7 @@ class FeatureTable:
 
     def __post_init__(self):
         object.__setattr__(self, "values", np.asarray(self.values, dtype=np.float32))
-        if self.values.ndim != 2 or not self.values.size or len(self.values) != len(self.ids):
+        if self.values.ndim != 2 or len(self.values) != len(self.ids) or not self.values.shape[1]:
             raise DataError(
                 f"the features {self.name!r} have shape {self.values.shape} for "
                 f"{len(self.ids)} utterances",

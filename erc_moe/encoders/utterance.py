@@ -147,7 +147,7 @@ def lora_targets(
 ) -> list[str]:        # last parts of their names
     "The projections of queries and values, by whatever name."
     layers = linear_layers(base)
-    names = sorted({n.split(".")[-1] for n in layers}, key=len)
+    names = sorted({n.split(".")[-1] for n in layers}, key=lambda n: (len(n), n))
     first = lambda pattern: next((n for n in names if re.match(pattern, n, re.I)), None)
     q, v = first(r"w?q(uery)?(_|$)"), first(r"w?v(alue)?(_|$)")
     if q and v: return [q, v]
