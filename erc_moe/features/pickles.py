@@ -262,7 +262,7 @@ def read_pickle(
     except Exception as e:      # a pickle can be damaged in any way, and so fail in any way
         raise DataError(
             f"{path.name} is no pickle of features, or a damaged one ({type(e).__name__}: "
-            f"{str(e):.200})",
+            f"{' '.join(str(e).split()):.200})",
             "Download it again, and check that it is whole.",
         ) from e
     return value
