@@ -115,7 +115,8 @@ def write(path, text):
 
 
 def test_right_text_is_never_changed(tmp_path):
-    texts = ["\u00c5\u2026 ja", "\u201cP\u00c5\u201d", "V\u00c6\u2026", "N\u00c3O\u201d", "NA", "007"]
+    texts = [
+        "\u00c5\u2026 ja", "\u201cP\u00c5\u201d", "V\u00c6\u2026", "N\u00c3O\u201d", "NA", "007"]
     path = write(tmp_path/"t.csv", "conversation,speaker,text,label\n" + "".join(
         f'c,A,"{t}",1.0\n' for t in texts))
     corpus = load_own(path)
@@ -187,7 +188,8 @@ def test_damaged_arrays_are_refused(tmp_path_factory, kind, junk, at):
 
 
 def test_bfloat16_is_read(tmp_path):
-    save_torch({"a": torch.tensor([[1.5, 2], [3, 4]], dtype=torch.bfloat16)}, tmp_path/"f.safetensors")
+    save_torch(
+        {"a": torch.tensor([[1.5, 2], [3, 4]], dtype=torch.bfloat16)}, tmp_path / "f.safetensors")
     assert read_features(tmp_path/"f.safetensors", ["x", "y"], "f")[0].values.tolist() == [
         [1.5, 2], [3, 4]]
 
@@ -205,9 +207,15 @@ def test_any_program_of_a_pickle_is_read_or_refused(tmp_path_factory, program):
     except DataError as e: assert "f.pkl" in str(e)
 
 
-@pytest.mark.parametrize("data", [
-    b"(" * 200_000 + b"t" * 200_000 + b".", b"Nr\xff\xff\xff\x0f.", b"\x96" + b"\xff"*6 + b"\x0f\0.",
-    b"(" * 300 + b"l" * 300 + b"."])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"(" * 200_000 + b"t" * 200_000 + b".",
+        b"Nr\xff\xff\xff\x0f.",
+        b"\x96" + b"\xff" * 6 + b"\x0f\0.",
+        b"(" * 300 + b"l" * 300 + b".",
+    ],
+)
 def test_pickles_that_claim_too_much_are_refused_before(tmp_path, data):
     (tmp_path/"f.pkl").write_bytes(data)
     with pytest.raises(DataError, match="nested over|keeps a value at|claims"):

@@ -29,7 +29,7 @@ def beside(
 
 # %% ../../nbs/844_using_commands.ipynb #6955eb79
 def given(args):
-    "What `Predictor.predict` takes, of what was typed: a chat, a path, or a recording."
+    "What a predictor takes, of what was typed: a chat, a path, or a recording."
     if args.input == "-": return sys.stdin.buffer.read().decode("utf-8", "replace") + "\n"
     if args.listen is None and args.channel is None: return args.input
     from erc_moe.recordings import load_recording
