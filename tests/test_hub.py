@@ -1,4 +1,5 @@
-"Encoders of other people: read whole and alone, or refused in one line. Tiny random models, no network."
+"""Encoders of other people: read whole and alone, or refused in one line. Tiny random models, no
+network."""
 import numpy as np
 import pytest
 import torch

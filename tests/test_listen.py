@@ -1,4 +1,5 @@
-"""The real Whisper-base on a recording of the sample corpus: `make test-listen` installs what it needs."""
+"""The real Whisper-base on a recording of the sample corpus: `make test-listen` installs what it
+needs."""
 import difflib
 import hashlib
 import importlib.metadata

@@ -1,4 +1,5 @@
-"The eight measures of a recording are those of the corpora, whatever file holds it and however many cores measure it."
+"""The eight measures of a recording are those of the corpora, whatever file holds it and however
+many cores measure it."""
 import csv
 import sys
 import warnings

@@ -43,8 +43,8 @@ if __name__ == "__main__":
         "import erc_moe.mister_e, erc_moe.corpora, erc_moe.cli; "
         "print(erc_moe.__file__.split('site-packages')[1])")
     call(
-        ENV / "bin/erc_moe", "train", "--model", "mister_e", "--corpus", "sample", "--text", "minilm",
-        "--speech", "egemaps", "--preset", "cpu", "--seeds", "1", "--out", RUN)
+        ENV / "bin/erc_moe", "train", "--model", "mister_e", "--corpus", "sample", "--text",
+        "minilm", "--speech", "egemaps", "--preset", "cpu", "--seeds", "1", "--out", RUN)
     call(ENV / "bin/erc_moe", "evaluate", RUN)
     sample = next(ENV.glob("lib/python3*/site-packages/erc_moe/sample/conversations.csv"))
     call(

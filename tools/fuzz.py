@@ -126,7 +126,8 @@ def fuzz(name, seconds, rng, keep):
             try: read(path)
             except DataError as e:
                 refused += 1
-                if "\n" in str(e).strip() or len(str(e)) > 20_000: what = f"an error of {len(str(e))}"
+                if "\n" in str(e).strip() or len(str(e)) > 20_000:
+                    what = f"an error of {len(str(e))}"
             except Exception as e: what = f"{type(e).__name__}: {str(e)[:120]}"
             if time.process_time() - began > 10: what = "over ten seconds"
             if what and what not in found:
