@@ -142,6 +142,8 @@ class Predictor:
         seed: int|None = None,                          # of one model; None: all, averaged
         arrays: dict[str, FeatureTable]|None = None,    # precomputed features, by name
         sources: dict[str, str]|None = None,            # modality -> store of its features
+        # a clip that cannot be used: "error", or "absent"; None: as in the training
+        missing: str|None = None,
     ) -> Predictions:
         "What the model says about every utterance. `DataError` for what cannot be predicted."
         if seed is not None and seed not in self.models:
@@ -153,7 +155,8 @@ class Predictor:
         for m in self.encoders.keys() - {*without, *(sources or {})}:
             arrays[f"{m} encoder"] = self.embeddings(m, conversations)
         bare = [_unlabelled(c) for c in conversations]
-        ready, more = attach(self.pipeline, bare, arrays, tuple(without), sources, self.optional)
+        pipeline = replace(self.pipeline, missing=missing or self.pipeline.missing)
+        ready, more = attach(pipeline, bare, arrays, tuple(without), sources, self.optional)
         data = ConversationTensors(ready, self.labels, self.pipeline.widths)
         chosen = self.models.values() if seed is None else [self.models[seed]]
         said = Predictions.of(conversations, self.labels, [score(m, data) for m in chosen])

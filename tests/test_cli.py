@@ -432,3 +432,31 @@ def test_mistakes_end_with_one_line(name, args, status, message, capsys, tmp_pat
         and err.splitlines()[-1].startswith(f"erc_moe {name}: ")
         and "Traceback" not in err)
     assert not (tmp_path/"x"/"summary.json").exists()
+
+
+def test_labels_are_mapped_clips_may_be_absent_and_evaluate_does_the_same(tmp_path, capsys):
+    from erc_moe.cli.program import main
+    from erc_moe.corpora import load_corpus
+    rows = [f"c{i},{'AB'[j % 2]},turn {j} of {i},{'Joy joy sad odd'.split()[(i + j) % 4]},"
+            for i in range(10) for j in range(4)]
+    rows[5] += "broken.wav"
+    (tmp_path/"broken.wav").write_bytes(b"RIFF no sound")
+    clips = (u.audio for c in load_corpus("sample").conversations for u in c.utterances)
+    rows = [r if r.endswith("wav") else f"{r}{next(clips)}" for r in rows]
+    table = tmp_path/"t.csv"
+    table.write_text("conversation,speaker,text,label,audio\n" + "\n".join(rows) + "\n")
+    wanted = ["train", "--corpus", str(table), "--text", "minilm", "--seeds", "1", "--set",
+              "epochs=1", "--out", str(tmp_path/"run"), "--cache", str(tmp_path/"cache")]
+    assert main(wanted) == 1 and "--label-map" in capsys.readouterr().err
+    (tmp_path/"map.json").write_text('{"Joy": "joy", "odd": null}')
+    assert main([*wanted, "--label-map", str(tmp_path/"map.json")]) == 0
+    summary = json.loads((tmp_path/"run/summary.json").read_text())
+    assert summary["labels"] == ["joy", "sad"]
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path/"run")]) == 0        # the map is remembered
+    assert "joy" in capsys.readouterr().out
+    heard = [*wanted[:-3], str(tmp_path/"heard"), "--cache", str(tmp_path/"cache"), "--speech",
+             "egemaps", "--label-map", str(tmp_path/"map.json")]
+    assert main(heard) == 1 and "--missing absent" in capsys.readouterr().err
+    assert main([*heard, "--missing", "absent"]) == 0
+    assert "clips that cannot be used: 1 (c1_1:" in capsys.readouterr().out

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'DATA', 'DEVICE', 'TEXT', 'SPEECH', 'VISUAL', 'FEATURES', 'PROTOCOL', 'SEEDS', 'OUT', 'SET', 'CHECKPOINT',
-           'RUN', 'COMMANDS', 'Parser', 'seed_list', 'whole_number', 'seconds', 'path_name', 'setting', 'option',
-           'Command', 'command', 'add_command']
+           'LABEL_MAP', 'OWN_MODEL', 'MISSING', 'RUN', 'COMMANDS', 'Parser', 'seed_list', 'whole_number', 'seconds',
+           'path_name', 'setting', 'option', 'Command', 'command', 'add_command']
 
 # %% ../../nbs/841_command_line.ipynb #94e0ce34
 import argparse, math
@@ -143,6 +143,17 @@ SET = option(
 CHECKPOINT = option(
     "--checkpoint-seconds", type=seconds, default=30, metavar="S",
     help="The least time between two checkpoints; what a kill can cost (default: 30).")
+LABEL_MAP = option(
+    "--label-map", complete="file", metavar="FILE",
+    help="Rename, merge or ignore labels: a JSON file of label to label, or to null for one that "
+    'is to give context only ({"Joy": "joy", "other": null}).')
+OWN_MODEL = option(
+    "--model", metavar="FILE.py:CLASS",
+    help="Where the class of a model of your own is. What the run's folder says of it is not run.")
+MISSING = option(
+    "--missing", choices=["error", "absent"],
+    help="A clip that cannot be used stops everything (error), or its utterance counts as not "
+    "observed in that modality (absent).")
 RUN = option(
     "run", complete="folder", metavar="RUN", help="A folder that erc_moe train wrote.")
 

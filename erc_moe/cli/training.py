@@ -8,7 +8,8 @@ __all__ = ['print_notes', 'print_result', 'train', 'tune', 'embed', 'extract', '
 # %% ../../nbs/843_training_commands.ipynb #8137851d
 from ..errors import DataError
 from .core import (
-    CHECKPOINT, CORPUS, DATA, DEVICE, FEATURES, OUT, PROTOCOL, SEEDS, SET, SPEECH, TEXT, VISUAL,
+    CHECKPOINT, CORPUS, DATA, DEVICE, FEATURES, LABEL_MAP, MISSING, OUT, PROTOCOL, SEEDS, SET,
+    SPEECH, TEXT, VISUAL,
     command, option, whole_number)
 
 # %% ../../nbs/843_training_commands.ipynb #89a76caf
@@ -45,7 +46,7 @@ def print_result(
     "erc_moe train --model mister_e --corpus iemocap --data corpora --text minilm "
     "--speech gemaps47+prosody8 --preset cpu --seeds 3 --out runs/iemocap",
     option("--model", default="mister_e", metavar="NAME", help="Which model (default: mister_e)."),
-    CORPUS, DATA, TEXT, SPEECH, VISUAL, FEATURES,
+    CORPUS, DATA, LABEL_MAP, TEXT, SPEECH, VISUAL, FEATURES, MISSING,
     option(
         "--preset", default="cpu", metavar="NAME",
         help="The model's size and how it is trained: cpu is small and meant for two cores, "
@@ -63,7 +64,8 @@ def train(args):
         args.model, args.corpus, args.data, text=args.text, speech=args.speech, visual=args.visual,
         features=args.features, preset=args.preset, protocol=args.protocol, seeds=args.seeds,
         out=args.out, changes=args.set, device=args.device, cache=args.cache,
-        checkpoint_seconds=args.checkpoint_seconds, command=args.typed)
+        checkpoint_seconds=args.checkpoint_seconds, command=args.typed, label_map=args.label_map,
+        missing=args.missing or "error")
     if first_process(): print_result(run.summary, run.folder)
 
 # %% ../../nbs/843_training_commands.ipynb #24f40c2c
@@ -80,7 +82,7 @@ def train(args):
     option(
         "--encoder", complete="folder", required=True, metavar="NAME",
         help="Which transformer: minilm, a name on the Hugging Face hub, or a local folder."),
-    CORPUS, DATA,
+    CORPUS, DATA, LABEL_MAP,
     option(
         "--preset", default="cpu", metavar="NAME",
         help="cpu tunes a small encoder whole; paper is the published configuration, LoRA "
@@ -98,7 +100,8 @@ def tune(args):
     run = tuning.tune(
         args.modality, args.encoder, args.corpus, args.data, preset=args.preset,
         protocol=args.protocol, seeds=args.seeds, folds=args.folds, out=args.out, changes=args.set,
-        device=args.device, checkpoint_seconds=args.checkpoint_seconds, command=args.typed)
+        device=args.device, checkpoint_seconds=args.checkpoint_seconds, command=args.typed,
+        label_map=args.label_map)
     if first_process(): print_result(run.summary, run.folder)
 
 # %% ../../nbs/843_training_commands.ipynb #3056a3f3

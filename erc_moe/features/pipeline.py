@@ -140,7 +140,9 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
             broken[u] = f"its file {x} cannot be opened"
             if missing == "error":
                 raise DataError(
-                    broken[u], "Check the path, or let it count as absent (missing=\"absent\").",
+                    broken[u],
+                    "Check the path, or let it count as absent (missing=\"absent\", "
+                    "--missing absent).",
                     utterance=u)
     with nullcontext(cache) if cache else tempfile.TemporaryDirectory() as folder:
         store = FeatureStore(Path(folder)/f"{e.name.replace('/', '--')}-{e.key}", e)
@@ -249,7 +251,8 @@ def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
         if untied := store.check_content(content):
             rows.told.append(
                 f"{source}, rows that do not say what they were computed from: {len(untied)}; that "
-                "they are of these utterances is not checked. Extract them again to have it checked.")
+                "they are of these utterances is not checked. Extract them again to have "
+                "it checked.")
         return rows
     if kind == "file":
         return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)

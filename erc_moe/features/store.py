@@ -269,6 +269,8 @@ def extract(
                 absent if missing == "absent" else {}, content)
             for i, why in absent.items() if missing == "error" else ():
                 raise DataError(
-                    why, "Repair it, or let it count as absent (missing=\"absent\").", utterance=i)
+                    why,
+                    "Repair it, or let it count as absent (missing=\"absent\", --missing absent).",
+                    utterance=i)
             bar.update(len(ids))
     return store

@@ -54,8 +54,10 @@ def read_frames(
     try: return _folder_frames(path, frames) if path.is_dir() else _video_frames(path, frames)
     except _Unusable as e:
         raise DataError(
-            f"{e} ({path})", "Mend it, or let it count as absent (missing=\"absent\").",
-            utterance=utterance) from e.__cause__
+            f"{e} ({path})",
+            "Mend it, or let it count as absent (missing=\"absent\", --missing absent).",
+            utterance=utterance,
+        ) from e.__cause__
 
 # %% ../../nbs/506_visual_features.ipynb #b94a9760
 class _Unusable(Exception): "Why a clip has no frames."

@@ -244,6 +244,9 @@ def train(
     checkpoint_seconds: float = 30.0,     # least time between two checkpoints within a seed
     command: str = "",                    # how this was asked for, kept in the summary
     progress: bool = True,                # a bar per seed on stderr
+    # renames, merges or ignores labels of the corpus that is named: see `load_corpus`
+    label_map: dict|str|Path|None = None,
+    missing: str = "error",               # a clip that cannot be used: "error", or "absent"
 ) -> Run:
     """Train with several seeds and keep everything in one folder; what is finished there is not
     repeated, what was stopped carries on."""
@@ -251,7 +254,8 @@ def train(
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
     entry, seeds = find_model(model), check_seeds(seeds)
-    corpus = ready_to_train(corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data))
+    corpus = ready_to_train(
+        corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data, label_map=label_map))
     check_corpus(corpus)
     imported = import_features(features, corpus, cache=cache) if features else None
     if imported: corpus = replace(corpus, faults=corpus.faults + imported.record["told"])
@@ -265,7 +269,7 @@ def train(
             "Name a source for one modality at least, for example text=\"minilm\" (--text minilm).")
     # what cannot be is told before features are computed, whatever their widths will be
     configure(model, corpus, dict.fromkeys(sources, 2), preset, changes)
-    pipeline = FeaturePipeline(sources).fit(corpus, cache, progress)
+    pipeline = FeaturePipeline(sources, missing=missing).fit(corpus, cache, progress)
     prepared = pipeline.apply(corpus, cache=cache)
     config, training = configure(model, corpus, pipeline.widths, preset, changes)
     folder = Path(out) if out else temporary_folder()

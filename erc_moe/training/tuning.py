@@ -148,6 +148,8 @@ def tune(
     checkpoint_seconds: float = 30.0,     # least time between two checkpoints
     command: str = "",                    # how this was asked for, kept in the summary
     progress: bool = True,                # a bar per encoder on stderr
+    # renames, merges or ignores labels of the corpus that is named: see `load_corpus`
+    label_map: dict|str|Path|None = None,
 ) -> TunedRun:
     """Tune an encoder on the train labels, with the epoch chosen as the protocol says; finished
     encoders are not tuned again, a stopped one carries on."""
@@ -160,7 +162,9 @@ def tune(
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
     corpus, kind = (
-        ready_to_train(corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data)),
+        ready_to_train(
+            corpus if isinstance(corpus, Corpus)
+            else load_corpus(corpus, data, label_map=label_map)),
         ENCODERS[modality])
     check_corpus(corpus)
     seeds, name = check_seeds(seeds), encoder.removeprefix("hf:")
