@@ -24,7 +24,7 @@ from ..features.attach import attach
 from ..files import read_json
 from ..models import find_model, parse_changes
 from .folder import (
-    begin_run, check_corpus, check_seeds, read_log, read_predictions, summarise_run,
+    begin_run, check_corpus, check_seeds, corpus_settings, read_log, read_predictions, summarise_run,
     temporary_folder, train_seed)
 from .loop import SELECTION, ConversationTensors, TrainingConfig, score
 from .predictions import Predictions
@@ -278,15 +278,7 @@ def train(
         model=entry.name,
         # of a model that is none of this package
         **({} if ours else {"model_code": code_hash(entry.model.__module__, library=False)}),
-        corpus=corpus.name,
-        corpus_note=corpus.protocol_note,
-        labels=corpus.labels,
-        protocol=protocol,
-        selection="test-selected: the epoch with the best test score"
-        if protocol == "paper"
-        else "the epoch with the best validation score",
-        preset=preset,
-        split_hash=corpus.split_hash,
+        **corpus_settings(corpus, protocol, preset),
         feature_hash=pipeline.feature_hash,
         features=dict(
             sources=sources, widths=pipeline.widths,

@@ -24,7 +24,7 @@ from ..features.store import Extractor, FeatureStore
 from ..features.text import sha256_file
 from ..models import parse_changes
 from .folder import (
-    begin_run, check_corpus, check_seeds, first_process, read_log, summarise_run,
+    begin_run, check_corpus, check_seeds, corpus_settings, first_process, read_log, summarise_run,
     temporary_folder, train_seed)
 from .loop import SELECTION, TrainingConfig
 from .results import result_table
@@ -187,15 +187,7 @@ def tune(
         model=f"{modality} encoder",
         modality=modality,
         encoder=described["encoder"],
-        corpus=corpus.name,
-        corpus_note=corpus.protocol_note,
-        labels=corpus.labels,
-        protocol=protocol,
-        selection="test-selected: the epoch with the best test score"
-        if protocol == "paper"
-        else "the epoch with the best validation score",
-        preset=preset,
-        split_hash=corpus.split_hash,
+        **corpus_settings(corpus, protocol, preset),
         folds=folds,
         config=dict(model=described, training=asdict(training)))
     begin_run(
