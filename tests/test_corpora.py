@@ -204,11 +204,11 @@ def test_the_environment_names_the_folder(tmp_path, monkeypatch):
 @settings(max_examples=200, deadline=None)
 def test_control_characters_come_back_as_what_they_were(texts):
     """A text whose Windows-1252 bytes were read as Latin-1, unless it already looked like
-    mojibake, is mended exactly."""
+    mojibake, is corrected exactly."""
     texts = [t for t in texts if fix_text([t])[1] == 0]
     damaged = [t.encode("cp1252").decode("latin-1") for t in texts]
-    mended, count = fix_text(damaged)
-    assert mended == texts
+    fixed, count = fix_text(damaged)
+    assert fixed == texts
     assert count == sum(d != t for d, t in zip(damaged, texts))
 
 

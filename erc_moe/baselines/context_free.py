@@ -30,12 +30,12 @@ def check_config(
         raise DataError(
             "no modality was given", f"Give the width of one of {', '.join(MODALITIES)} at least.")
     config.widths = {m: config.widths[m] for m in MODALITIES if m in config.widths}
-    for given, what, mend in (
+    for given, what, fix in (
         (config.labels, "labels", "Name every class once."),
         (config.class_weights, "class weights", "Give one per class."),
     ):
         if given is not None and len(given) != config.classes:
-            raise DataError(f"{len(given)} {what} for {config.classes} classes", mend)
+            raise DataError(f"{len(given)} {what} for {config.classes} classes", fix)
 
 # %% ../../nbs/400_context_free.ipynb #77224108
 @dataclass

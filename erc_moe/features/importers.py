@@ -250,11 +250,11 @@ def import_features(
     file = Path(file)
     paths = [file/name for name in ("Speakers.pkl", *PARTS.values())] if file.is_dir() else [file]
     for p in paths:
-        mend = (
+        fix = (
             "Check the path."
             if p == file
             else f"A folder must hold {', '.join(q.name for q in paths)}.")
-        if not p.is_file(): raise DataError(f"there is no file {p}", mend)
+        if not p.is_file(): raise DataError(f"there is no file {p}", fix)
     asked = f"{layout.name}: {layout.entries}" if isinstance(layout, FileLayout) else layout or ""
     content = (
         hashlib.sha256(b"".join(_file_hash(p) for p in paths)).hexdigest()

@@ -55,7 +55,7 @@ def read_frames(
     except _Unusable as e:
         raise DataError(
             f"{e} ({path})",
-            "Mend it, or let it count as absent (missing=\"absent\", --missing absent).",
+            "Fix it, or let it count as absent (missing=\"absent\", --missing absent).",
             utterance=utterance,
         ) from e.__cause__
 

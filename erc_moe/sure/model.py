@@ -48,7 +48,7 @@ class SureConfig:
                 raise DataError(
                     f"SURE knows no modality {m!r}", f"It knows {', '.join(MODALITIES)}.")
         self.widths = {m: self.widths[m] for m in MODALITIES if m in self.widths}
-        for wrong, problem, mend in (
+        for wrong, problem, fix in (
             (
                 not self.widths,
                 "no modality was given",
@@ -76,7 +76,7 @@ class SureConfig:
                 f"{len(self.class_weights or [])} class weights for {self.classes} classes",
                 "Give one per class."),
         ):
-            if wrong: raise DataError(problem, mend)
+            if wrong: raise DataError(problem, fix)
 
     @classmethod
     def paper(cls,
