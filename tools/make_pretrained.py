@@ -217,7 +217,7 @@ on test {line('test')}.
 ## What it must not be used for
 
 {LIMITS}
-- With the voice alone it answers, and its answer is the commonest emotion nearly always: eight measures of a clip are too little. Fear and
+- With the voice alone it answers, and its answer is neutral for every utterance of the test split: eight measures of a clip are too little. Fear and
   disgust are rarely found even with words. Do not read a single line of its table as a finding.
 
 ## How it is made again
