@@ -1,0 +1,1 @@
+"The systems that the papers' tables compare with, a module each."
