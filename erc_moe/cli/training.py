@@ -81,7 +81,7 @@ def train(args):
         help="What the encoder takes (default: text)."),
     option(
         "--encoder", complete="folder", required=True, metavar="NAME",
-        help="Which transformer: minilm, a name on the Hugging Face hub, or a local folder."),
+        help="Which transformer: minilm, mpnet, a name on the Hugging Face hub, or a local folder."),
     CORPUS, DATA, LABEL_MAP,
     option(
         "--preset", default="cpu", metavar="NAME",
@@ -142,7 +142,7 @@ def embed(args):
     CORPUS, DATA,
     option(
         "--text", complete="folder", metavar="ENCODER",
-        help="The text encoder: minilm, or hf:NAME for any on the Hugging Face hub or in a "
+        help="The text encoder: minilm, mpnet, or hf:NAME for any on the Hugging Face hub or in a "
         "local folder."),
     option(
         "--speech", metavar="SET", help="The openSMILE set: egemaps, is09, is10 or compare."),

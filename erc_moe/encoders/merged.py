@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..conversations import DataError
 from .utterance import Pooling
-from ..features.text import MINILM_SHA256, Pretrained, TWO_WAYS, sha256_file, token_batches
+from ..features.text import Pretrained, token_batches
 
 # %% ../../nbs/525_merged_encoder.ipynb #0d3cd69a
 BERT_LAYER = {   # torch's name -> transformers' name, within a layer
@@ -137,17 +137,15 @@ class MergedTextEncoder(nn.Module):
     def base_state(self) -> dict[str, Tensor]:
         """The transformer's weights; a `DataError` where they are not the ones that the encoder
         was tuned on."""
-        file, minilm = self.base_folder/"model.safetensors", self.source.name == "minilm"
-        if minilm and sha256_file(file) != MINILM_SHA256:
-            raise DataError(
-                f"{file} is not the published file (its SHA-256 differs)", f"Remove it. {TWO_WAYS}")
+        if self.source.published: self.source.published.check(self.base_folder)
         if self.source.weights != self.config["weights"]:
             raise DataError(
                 f"{self.source.name!r} has the weights {self.source.weights}, and the "
                 "encoder was tuned on "
                 f"{self.config['weights']}",
                 "Get the ones it was tuned on.")
-        return {n.removeprefix("bert."): x.float() for n, x in load_file(file).items()}
+        state = load_file(self.base_folder/"model.safetensors")
+        return {n.removeprefix("bert."): x.float() for n, x in state.items()}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -22,7 +22,8 @@ from .text import load_options
 from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder, adapt
 from ..features.speech import RATE
 from ..recordings.sound import SHORTEST, read_sound, sound_length
-from ..features.text import Pretrained, sha256_file, token_batches
+from ..features.text import Pretrained, token_batches
+from ..files import sha256_file
 
 # %% ../../nbs/522_speech_encoder.ipynb #df3e82b6
 @dataclass(kw_only=True)

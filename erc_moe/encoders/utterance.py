@@ -73,7 +73,7 @@ ADAPTATIONS = ("lora", "full", "frozen")
 class EncoderConfig:
     """What an utterance encoder is made of and what of it is trained (defaults: MiSTER-E,
     section 4.2, and its released code)."""
-    encoder: str  # the transformer: a name on the hub, a local folder; for text also "minilm"
+    encoder: str  # the transformer: a name on the hub, a local folder; text: also "minilm", "mpnet"
     classes: int                          # C
     labels: list[str]|None = None         # the classes' names in order
     revision: str|None = None             # commit or tag on the hub; None: the newest

@@ -2,7 +2,7 @@
 from .importers import ImportedFeatures, import_features
 from .layouts import LAYOUTS, FileLayout
 from .pickles import read_pickle
-from .pipeline import FeaturePipeline, cache_folder
+from .pipeline import FeaturePipeline
 from .prosody import Prosody8, prosody8
 from .speech import OPENSMILE_SETS, OpenSmile
 from .store import Extractor, FeatureStore, atomic_write, extract

@@ -22,8 +22,9 @@ from .layouts import (
     LABEL_ORDER, MODALITIES, PARTS, FileLayout, conversation_id, describe, find_layout,
     match_utterances, plain_words)
 from .pickles import read_pickle
-from .pipeline import cache_folder, contents
+from .pipeline import contents
 from .store import Extractor, FeatureStore
+from ..files import cache_folder
 from ..files import atomic_write, locked, read_json
 
 # %% ../../nbs/507_feature_files.ipynb #3d141064

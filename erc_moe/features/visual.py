@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from ..conversations import DataError
 from .store import Extractor
-from .text import sha256_file
+from ..files import sha256_file
 
 # %% ../../nbs/506_visual_features.ipynb #8de878e9
 def evenly(

@@ -18,10 +18,9 @@ from ..corpora import load_corpus
 from ..corpora.core import Corpus
 from ..corpora.labels import ready_to_train
 from ..encoders import ENCODERS, UtteranceEncoder, load_encoder
-from ..files import read_json, write_json
+from ..files import read_json, sha256_file, write_json
 from ..features.pipeline import contents
 from ..features.store import Extractor, FeatureStore
-from ..features.text import sha256_file
 from ..models import parse_changes
 from .folder import (
     begin_run, check_corpus, check_seeds, corpus_settings, first_process, read_log, summarise_run,
@@ -133,7 +132,7 @@ TUNING = {  # modality -> preset -> corpus, or "" for all -> changes to Training
 # %% ../../nbs/604_tuning.ipynb #c9e3ebdf
 def tune(
     modality: str,                        # "text" or "speech"
-    encoder: str,                         # "minilm" (text), a name on the hub, a local folder
+    encoder: str,                         # "minilm", "mpnet" (text), a name on the hub, a folder
     corpus: str|Corpus,                   # "meld", ..., a path to your own table, or a corpus
     data: str|Path|None = None,           # where the corpora lie, when `corpus` is a name
     *,
