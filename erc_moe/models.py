@@ -20,6 +20,7 @@ from .conversations import DataError
 from .mister_e import (
     FeatureMixture, FeatureMixtureConfig, MisterE, MisterEConfig, Monolithic, MonolithicConfig)
 from .sure import Sure, SureConfig
+from .systems import Hcam, HcamConfig
 
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
@@ -225,6 +226,14 @@ for _name, _model, _config, _paper, _rates in (  # rates: iemocap, meld, mosi
         ModelEntry(
             _name, _model, _config,
             training={"paper": _paper, "cpu": _cpu | {"": _cpu[""] | dict(lr=_rates[1])} | _own}))
+
+# %% ../nbs/814_models.ipynb #e1a6163b
+for _name, _model, _config, _paper in (
+    ("hcam", Hcam, HcamConfig, {"meld": dict(batch_size=32)}),
+):
+    register(ModelEntry(
+        _name, _model, _config,
+        training={"paper": _paper, "cpu": MODELS["sdt"].training["cpu"]}))
 
 # %% ../nbs/814_models.ipynb #aef962e6
 def parse_changes(

@@ -15,16 +15,28 @@ LABELS, WIDTHS = ["neutral", "joy", "anger"], {"text": 4, "speech": 5, "visual":
 # smaller than the preset "cpu", where it helps
 SMALL = dict(
     mister_e=dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2),
-    sure=dict(width=8, heads=2), sdt=dict(width=8, heads=2))
+    sure=dict(width=8, heads=2), sdt=dict(width=8, heads=2),
+    hcam=dict(hidden=4, heads=2))
 SMALL |= {name: SMALL["mister_e"] for name in ("mister_e_monolithic", "mister_e_features")}
 # beside the model itself
 VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],
-                sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)])
-# (B, N) each: which observed features get a gradient;
-TAUGHT = dict(context_free=lambda seen, known: seen & known,
-              # in a model with context and a joint loss all of them
-              late_fusion=lambda seen, known: seen & (seen & known).any(1, keepdim=True))
-NO_GATE = {"sdt", "late_fusion"}   # their experts are told, and no gate weighs them
+                sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)],
+                hcam=[dict(staged=False), dict(causal=True)])
+
+
+def own_context(seen, known, config):
+    "A modality's own classifier teaches its own context: before a label only, where it is causal."
+    heard = seen & known
+    return seen & (
+        heard.flip(1).cummax(1).values.flip(1) if getattr(config, "causal", False)
+        else heard.any(1, keepdim=True))
+
+
+# (B, N) each: which observed features get a gradient; in a model with context and a joint loss all
+TAUGHT = dict(context_free=lambda seen, known, config: seen & known, late_fusion=own_context,
+              hcam=lambda seen, known, config: (
+                  own_context(seen, known, config) if config.staged else seen))
+NO_GATE = {"sdt", "late_fusion", "hcam"}   # their experts are told, and no gate weighs them
 # models that other tests register are theirs
 MODELS = {n: e for n, e in REGISTERED.items() if e.model.__module__.startswith("erc_moe.")}
 CASES = [(name, changes) for name in MODELS for changes in ({}, *VARIANTS.get(name, []))]
@@ -161,8 +173,8 @@ def test_absent_features_get_no_gradient(model):
     for m in model.config.widths:
         grad, taught = (
             batch.features[m].grad,
-            TAUGHT.get(model.config.model, lambda seen, known: seen)(
-                batch.present[m], batch.labels >= 0))
+            TAUGHT.get(model.config.model, lambda seen, *_: seen)(
+                batch.present[m], batch.labels >= 0, model.config))
         assert not grad[~taught].any()
         assert (grad[taught].abs().sum(-1) > 0).all()
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PAIRS', 'attend', 'TurnAttention']
 
-# %% ../../nbs/410_attention_over_turns.ipynb #5f6a5f2a
+# %% ../../nbs/410_attention_over_turns.ipynb #36782d64
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..ragged import Layout, dropout, stacked_linear
 
-# %% ../../nbs/410_attention_over_turns.ipynb #ff031f01
+# %% ../../nbs/410_attention_over_turns.ipynb #43163b6d
 PAIRS = 2**22    # pairs of turns in a batch, padding counted, up to which it is padded
 
-# %% ../../nbs/410_attention_over_turns.ipynb #aaa14fc8
+# %% ../../nbs/410_attention_over_turns.ipynb #c1a7d2f1
 def attend(
     q: Tensor,               # (E, M, D) what each turn asks
     k: Tensor,               # (E, M, D)
@@ -42,7 +42,7 @@ def attend(
     heard = (heard * some[:, None]).transpose(1, 2)  # (E*B, N, heads, D/heads)
     return heard.reshape(E, B*N, D)[:, layout.index]
 
-# %% ../../nbs/410_attention_over_turns.ipynb #37edc73e
+# %% ../../nbs/410_attention_over_turns.ipynb #c5865889
 class TurnAttention(nn.Module):
     "LN(x + MHA(query from x, key and value from y)), E of them at once."
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HcamConfig', 'HcamOutput', 'Hcam']
 
-# %% ../../nbs/411_hcam.ipynb #e1bcb1d6
+# %% ../../nbs/411_hcam.ipynb #9724b93f
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from ..ragged import Layout, dropout
 from ..recurrence import bigru
 from .attention import TurnAttention
 
-# %% ../../nbs/411_hcam.ipynb #178eb17b
+# %% ../../nbs/411_hcam.ipynb #c7a0b737
 @dataclass
 class HcamConfig:
     "Everything that defines an HCAM: modalities, sizes, weights of the loss."
@@ -66,7 +66,7 @@ class HcamConfig:
             temperature=.5)
         return cls.paper(corpus, widths, classes, **small | changes)
 
-# %% ../../nbs/411_hcam.ipynb #d9ebecf6
+# %% ../../nbs/411_hcam.ipynb #19544447
 @dataclass
 class HcamOutput:
     "What HCAM says of a batch; logits are 0 at padding."
@@ -77,7 +77,7 @@ class HcamOutput:
     # (M, 2H) what stage 3 knows of each real utterance; None with one modality alone
     fused: Tensor|None
 
-# %% ../../nbs/411_hcam.ipynb #e4572f14
+# %% ../../nbs/411_hcam.ipynb #365c6e6f
 class Hcam(nn.Module, Checkpoint, library_name="erc_moe"):
     "Context, then co-attention between modalities (Dutta and Ganapathy 2023), HCAM-style."
     config_class = HcamConfig
