@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModel, BertConfig, GemmaConfig, GPT2Config, HubertConfig, LlamaConfig,
+    AutoModel, BertConfig, GemmaConfig, GPT2Config, HubertConfig, LlamaConfig, MPNetConfig,
     PreTrainedTokenizerFast, Qwen2AudioConfig, Qwen2AudioProcessor, Qwen2Config, RobertaConfig,
     T5Config, Wav2Vec2Config, Wav2Vec2FeatureExtractor, WavLMConfig, WhisperConfig,
     WhisperFeatureExtractor)
 
 from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus
+from erc_moe.encoders.frozen import FrozenStates, frozen_depth, quiet_below
 from erc_moe.encoders.salmonn import Salmonn, SalmonnConfig
 from erc_moe.encoders.speech import EmotionSpeechEncoder, SalmonnParts, SpeechEncoderConfig
 from erc_moe.encoders.text import EmotionTextEncoder, TextEncoderConfig
@@ -68,6 +69,7 @@ TEXT = {
     "gpt2": (GPT2Config(vocab_size=320, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3), ()),
     "bert": (BertConfig(**SIZE), BOTH),
     "roberta": (RobertaConfig(pad_token_id=0, **SIZE), BOTH),
+    "mpnet": (MPNetConfig(pad_token_id=0, **SIZE), BOTH),
     "t5": (
         T5Config(
             vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
@@ -278,6 +280,108 @@ def test_batches_for_scoring_hold_every_utterance_once(hub):
     assert (
         all(b == 1 or b * t <= 64 for b, t in sizes)
         and list(accumulate(b for b, _ in sizes))[-1] == 46)
+
+
+# Frozen layers, computed once
+
+CACHED = ["bert", "roberta", "mpnet", "llama", "gpt2", "qwen2", "gemma"]
+TOP = {"lora": dict(), "full": dict(adaptation="full"), "frozen": dict(adaptation="frozen")}
+
+
+def trained(hub, name, texts, cache, way, steps=3, dropout=0.2, **changes):
+    """An encoder after some steps with dropout; without a cache its frozen layers are made quiet
+    by hand, which is what the cache must equal."""
+    encoder = text_encoder(
+        hub, name, frozen_layers=0 if way == "frozen" else -1, cache=cache, dropout=dropout,
+        lora_dropout=dropout, **TOP[way], **changes)
+    data = encoder.dataset([talk(texts)], LABELS)
+    optimizer = torch.optim.AdamW(
+        [dict(params=g["params"]) for g in encoder.parameter_groups()], lr=1e-2)
+    encoder.train()
+    if cache == "none": quiet_below(encoder.base, frozen_depth(encoder.base))
+    torch.manual_seed(3)
+    for _ in range(steps):
+        batch = data.batch(data.learnable)
+        encoder.loss(encoder(batch), batch).total.backward()
+        optimizer.step(), optimizer.zero_grad()
+    state = {n: p.detach() for n, p in encoder.named_parameters() if p.requires_grad}
+    return state, encoder.embed(data)
+
+
+ALIKE = ["zqxkz", "kkqzx", "xzzqk", "qkxzz"]   # of one length: both are padded alike
+
+
+@pytest.mark.parametrize("way", TOP)
+@pytest.mark.parametrize("name", CACHED)
+def test_training_on_kept_states_is_training(hub, tmp_path, monkeypatch, name, way):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
+    assert len({*text_encoder(hub, name).dataset([talk(ALIKE)], LABELS).lengths.tolist()}) == 1
+    plain, embedded = trained(hub, name, ALIKE, "none", way)
+    same, alike = trained(hub, name, ALIKE, "float32", way)
+    for n in plain: assert torch.equal(plain[n], same[n]), n
+    assert np.array_equal(embedded, alike)
+    half, near = trained(hub, name, ALIKE, "float16", way)
+    assert not np.array_equal(embedded, near)
+    assert np.abs(embedded - near).max() < 0.02*np.abs(embedded).max()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_kept_states_of_ragged_texts_train_alike(hub, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
+    plain, embedded = trained(hub, name, TEXTS, "none", "full", context=2)
+    same, alike = trained(hub, name, TEXTS, "float32", "full", context=2)
+    np.testing.assert_allclose(embedded, alike, atol=2e-3*np.abs(embedded).max())
+
+
+def test_kept_states_are_shared_and_told_apart(hub, tmp_path, monkeypatch):
+    "Another talk with the same words computes nothing; another depth or context does."
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
+    filled = []
+    fill = FrozenStates.fill
+    def counted(self, keys, *args, **options):
+        filled.append(len({k for k in keys if k not in self}))
+        fill(self, keys, *args, **options)
+    monkeypatch.setattr(FrozenStates, "fill", counted)
+    said = lambda texts, name="talk", **changes: text_encoder(
+        hub, "bert", cache="float16", **dict(frozen_layers=1) | changes
+    ).dataset([talk(texts, name)], LABELS)
+    said(["we won", "no", "no"]), said(["no", "we won"], "again"), said(["no", "idea"])
+    assert filled == [2, 0, 1]
+    said(["no", "we won"], context=1)
+    assert filled[-1] == 1, "the first has nothing before it"
+    said(["no", "we won"], adaptation="frozen", frozen_layers=0)
+    assert filled[-1] == 2
+
+
+def test_kept_states_that_are_damaged_or_stopped(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
+    make = lambda **changes: text_encoder(hub, "bert", cache="float16", frozen_layers=1, **changes)
+    before = make().embed(make().dataset([talk(TEXTS)], LABELS))
+    [index] = tmp_path.rglob("*.index")
+    states = index.with_suffix(".states")
+    index.unlink()    # as a fill leaves it that is stopped between both
+    again = make().embed(make().dataset([talk(TEXTS)], LABELS))
+    assert np.array_equal(before, again) and not states.exists()
+    [index] = tmp_path.rglob("*.index")
+    index.with_suffix(".states").write_bytes(b"short")
+    with pytest.raises(DataError, match="is damaged.*Delete"): make().dataset([talk(TEXTS)], LABELS)
+
+
+@pytest.mark.parametrize(
+    "name, changes, problem",
+    [
+        ("bert", dict(cache="float16"), "the lowest layer is tuned.*frozen_layers=-4"),
+        ("bert", dict(cache="float8"), "none, float16, float32"),
+        ("bert", dict(cache="float16", frozen_layers=2), "frozen_layers is 2, and .* has 2 layers"),
+        ("t5", dict(cache="float16", frozen_layers=1), "hand on more than states.*cache=none"),
+        ("bert", dict(cache="float32", frozen_layers=1, cache_gigabytes=1e-9),
+         "--set cache=float16, or --set cache_gigabytes=1"),
+    ],
+)
+def test_what_cannot_be_kept(hub, tmp_path, monkeypatch, name, changes, problem):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match=problem):
+        text_encoder(hub, name, **changes).dataset([talk(TEXTS)], LABELS)
 
 
 # Speech

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from ..conversations import Conversation, DataError
-from .utterance import EncoderConfig, UtteranceData, UtteranceEncoder
+from .frozen import (
+    CACHES, FrozenStates, check_frozen, content_key, layers_replaced, quiet_below, states_below)
+from .utterance import (
+    EncoderConfig, UtteranceData, UtteranceEncoder, transformer_layers)
+from ..files import cache_folder
 
 # %% ../../nbs/521_text_encoder.ipynb #56a99c54
 @dataclass(kw_only=True)
@@ -22,9 +27,14 @@ class TextEncoderConfig(EncoderConfig):
     max_tokens: int = 128      # longer texts are cut at their end
     # so many previous utterances are read before it; the paper's encoder sees none
     context: int = 0
+    # or "float16", "float32": the frozen layers' states are kept on the disk and computed once
+    cache: str = "none"
+    cache_gigabytes: float = 20.      # the most that they may take
 
     def __post_init__(self):
         super().__post_init__()
+        if self.cache not in CACHES:
+            raise DataError(f"cache is {self.cache!r}", f"It can be {', '.join(CACHES)}.")
         if self.max_tokens < 8:
             raise DataError(f"max_tokens is {self.max_tokens}", "It must be 8 or more.")
         if self.context < 0:
@@ -113,6 +123,13 @@ class TextData(UtteranceData):
         tokenizer.truncation_side = side
         lengths = [len(ids) if t.strip() else 0 for ids, t in zip(self.tokens, texts)]
         super().__init__(conversations, labels, lengths, budget=4096, device=device)
+        self.states: FrozenStates|None = None    # of all texts, where they are kept
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        "What the states of each text are found by."
+        return [content_key(ids, start if self.typed else 0)
+                for ids, start in zip(self.tokens, self.starts)]
 
     def inputs(self, index: Sequence[int]) -> dict[str, Tensor]:
         # (B, T)
@@ -126,6 +143,7 @@ class TextData(UtteranceData):
             inputs["token_type_ids"] = (
                 own & torch.tensor([[self.starts[i] > 0] for i in index])
             ).long()
+        if self.states: inputs["states"] = self.states.read([self.keys[i] for i in index])
         return {k: x.to(self.device) for k, x in inputs.items()}
 
 # %% ../../nbs/521_text_encoder.ipynb #9f15ed60
@@ -179,15 +197,49 @@ class EmotionTextEncoder(UtteranceEncoder):
     @cached_property
     def tokenizer(self): return self.pretrained.fetch("AutoTokenizer")
 
+    @cached_property
+    def depth(self) -> int:
+        "How many layers are frozen from below and can be kept."
+        return check_frozen(self.base, self.pretrained.title)
+
+    def train(self, mode: bool = True) -> "EmotionTextEncoder":
+        super().train(mode)
+        if self.config.cache != "none": quiet_below(self.base, self.depth)
+        return self
+
     def hidden(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs = dict(inputs)
-        pooled = inputs.pop("pooled")
-        return self.base(**inputs).last_hidden_state, pooled  # (B, T, D), (B, T)
+        pooled, states = inputs.pop("pooled"), inputs.pop("states", None)
+        if states is None: return self.base(**inputs).last_hidden_state, pooled  # (B, T, D), (B, T)
+        with layers_replaced(transformer_layers(self.base)[1], self.depth, states):
+            return self.base(**inputs).last_hidden_state, pooled
 
     def dataset(
         self, conversations: list[Conversation], labels: list[str], device="cpu"
     ) -> TextData:
         c = self.config
-        return TextData(
+        data = TextData(
             conversations, labels, self.tokenizer, c.max_tokens, c.context, c.pooling == "first",
             device)
+        if c.cache != "none": data.states = self.frozen_states(data)
+        return data
+
+    @torch.no_grad()
+    def frozen_states(self,
+        data: TextData,
+    ) -> FrozenStates:
+        "The frozen layers' states of all its texts; those that are not kept yet are computed."
+        c, was = self.config, self.training
+        identity = [c.weights, c.dtype, c.four_bit, c.cache, self.depth, transformers.__version__]
+        kept = FrozenStates(
+            cache_folder()/"frozen"/content_key(identity).hex(),
+            self.base.config.get_text_config().hidden_size, c.cache, c.cache_gigabytes)
+        def compute(index):
+            inputs = data.inputs(index)
+            del inputs["pooled"]
+            return states_below(self.base, self.depth, inputs)
+        self.to(data.device).eval()
+        with torch.autocast(data.device.type, enabled=False):
+            kept.fill(data.keys, [*map(len, data.tokens)], compute, progress=len(data) > 1000)
+        self.train(was)
+        return kept

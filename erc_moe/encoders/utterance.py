@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'ADAPTATIONS', 'ENCODERS', 'Pooling', 'EncoderConfig', 'transformer_layers', 'is_embedding',
-           'linear_layers', 'lora_targets', 'adapt', 'EncoderOutput', 'UtteranceBatch', 'UtteranceEncoder',
-           'load_encoder', 'UtteranceData']
+           'linear_layers', 'lora_targets', 'tuned_layers', 'adapt', 'EncoderOutput', 'UtteranceBatch',
+           'UtteranceEncoder', 'load_encoder', 'UtteranceData']
 
 # %% ../../nbs/520_utterance_encoder.ipynb #ff28fdec
 import json
@@ -86,7 +86,8 @@ class EncoderConfig:
     # names of the matrices that get LoRA; None: the queries' and values', see `lora_targets`
     targets: list[str]|None = None
     frozen_embeddings: bool = False       # full only: the embeddings stay
-    frozen_layers: int = 0  # full only: so many lowest layers, and the embeddings, stay
+    # so many lowest layers, and the embeddings, stay; below 0: all but so many at the top
+    frozen_layers: int = 0
     pooling: str = "attentive"            # or "mean", "first", "last"
     width: int = 2048                     # of the embedding, the first FC layer's output
     dropout: float = 0.5                  # between the head's two layers
@@ -129,8 +130,9 @@ def transformer_layers(
 def is_embedding(
     name: str,   # of a transformer's parameter
 ) -> bool:
-    "Whether it belongs to the embeddings of tokens or positions (GPT-2 calls them wte and wpe)."
-    return any(part in name for part in ("embed", "wte", "wpe"))
+    """Whether it belongs to the embeddings of tokens or positions (GPT-2 calls them wte and wpe,
+    MPNet has one of distances)."""
+    return any(part in name for part in ("embed", "wte", "wpe", "relative_attention_bias"))
 
 # %% ../../nbs/520_utterance_encoder.ipynb #c2d4b8e6
 def linear_layers(
@@ -157,6 +159,20 @@ def lora_targets(
     return [n for n in names if n in inside and n not in ("dt_proj", "out_proj")]
 
 # %% ../../nbs/520_utterance_encoder.ipynb #a14db996
+def tuned_layers(
+    base: nn.Module,        # a transformer
+    frozen_layers: int,     # of `EncoderConfig`
+) -> list[tuple[str, nn.Module]]:       # each with its name
+    "The layers above the frozen ones; `DataError` where none is left."
+    where, layers = transformer_layers(base)
+    if not -len(layers) <= frozen_layers < len(layers):
+        raise DataError(
+            f"frozen_layers is {frozen_layers}, and {type(base).__name__} has {len(layers)} layers",
+            f"Take {-len(layers)} to {len(layers) - 1}; --set adaptation=frozen tunes the head "
+            "alone.")
+    return [(f"{where}.{i}.", layer) for i, layer in enumerate(layers)][frozen_layers:]
+
+# %% ../../nbs/520_utterance_encoder.ipynb #2582cdef
 def adapt(
     base: nn.Module,          # a transformer
     config: EncoderConfig,
@@ -172,13 +188,18 @@ def adapt(
                 "LoRA needs peft, which is not installed",
                 "pip install 'erc_moe[peft]', or take adaptation=full.",
             ) from e
-        config.targets = config.targets or lora_targets(base)
+        config.targets = targets = config.targets or lora_targets(base)
+        if config.frozen_layers:
+            above = tuple(name for name, _ in tuned_layers(base, config.frozen_layers))
+            targets = [
+                n for n in linear_layers(base)
+                if n.startswith(above) and n.split(".")[-1] in config.targets]
         try:
             return get_peft_model(
                 base,
                 LoraConfig(
                     r=config.rank, lora_alpha=config.alpha, lora_dropout=config.lora_dropout,
-                    target_modules=config.targets))
+                    target_modules=targets))
         except ValueError as e:
             names = list(dict.fromkeys(n.split(".")[-1] for n in linear_layers(base)))
             raise DataError(
@@ -194,7 +215,8 @@ def adapt(
             for name, p in base.named_parameters():
                 if is_embedding(name): p.requires_grad_(False)
         if config.frozen_layers:
-            transformer_layers(base)[1][:config.frozen_layers].requires_grad_(False)
+            transformer_layers(base)[1].requires_grad_(False)
+            for _, layer in tuned_layers(base, config.frozen_layers): layer.requires_grad_(True)
     return base
 
 # %% ../../nbs/520_utterance_encoder.ipynb #717b6008
