@@ -11,19 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from .context_free import check_config, observed, weighted_loss
-from ..checkpoints import Checkpoint
+from ..base import ConversationModel, ModelConfig, ModelOutput
 from ..conversations import ConversationBatch
-from ..losses import LossParts
-from ..ragged import Layout, dropout
+from ..ragged import Layout
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #7ee049b8
 @dataclass
-class DialogueRnnConfig:
+class DialogueRnnConfig(ModelConfig):
     "Everything that defines a DialogueRNN: modalities, sizes, dropout, class weights."
-    widths: dict[str, int]  # modality ("text", "speech", "visual") -> width of its features
-    classes: int                              # C
-    labels: list[str]|None = None  # the classes' names in order: a checkpoint knows its label set
     global_width: int = 500                   # G
     party_width: int = 500                    # P
     emotion_width: int = 300                  # E, of each direction
@@ -34,27 +29,9 @@ class DialogueRnnConfig:
     class_weights: list[float]|None = None    # factor per class in the cross-entropy
     model: str = "dialogue_rnn"               # what config.json is of
 
-    def __post_init__(self): check_config(self, "DialogueRNN")
-
-    @classmethod
-    def paper(cls,
-        corpus: str,               # all are treated alike
-        widths: dict[str, int],
-        classes: int,
-        **changes,                 # any field
-    ) -> "DialogueRnnConfig":
-        "The sizes of the released code."
-        return cls(**dict(widths=widths, classes=classes) | changes)
-
-    @classmethod
-    def cpu(
-        cls, corpus: str, widths: dict[str, int], classes: int, **changes
-    ) -> "DialogueRnnConfig":
-        "A small one, for classical features or frozen sentence embeddings and two cores."
-        small = dict(
-            global_width=64, party_width=64, emotion_width=64, dense=64, input_dropout=0.3,
-            dropout=0.3)
-        return cls.paper(corpus, widths, classes, **small | changes)
+    presets = {"cpu": {"": dict(
+        global_width=64, party_width=64, emotion_width=64, dense=64, input_dropout=0.3,
+        dropout=0.3)}}
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #b2485a9d
 def _gru(given, recalled, state):
@@ -126,25 +103,21 @@ class DialogueRecurrence(nn.Module):
         return self.emotion(PackedSequence(spoken, steps))[0].data[back], spoken[back], maps
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #6938698e
-@dataclass
-class DialogueRnnOutput:
+@dataclass(kw_only=True)
+class DialogueRnnOutput(ModelOutput):
     "What DialogueRNN says of a batch; all is 0 at padding."
-    logits: Tensor                   # (B, N, C)
-    experts: dict[str, Tensor]       # {}: it has none
-    gate: Tensor|None                # None, for the same reason
     # (B, N, P), of a bidirectional one (B, N, 2P): the speaker's state after the utterance
     party: Tensor
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #aaf669cc
-class DialogueRnn(nn.Module, Checkpoint, library_name="erc_moe"):
+class DialogueRnn(ConversationModel):
     "Global, party and emotion states along the conversation (Majumder et al. 2019)."
     config_class = DialogueRnnConfig
     def __init__(self,
         config: DialogueRnnConfig|dict,    # a dict is what config.json holds
     ):
-        super().__init__()
-        c = self.config = (
-            config if isinstance(config, DialogueRnnConfig) else DialogueRnnConfig(**config))
+        super().__init__(config)
+        c = self.config
         self.directions = nn.ModuleList(
             DialogueRecurrence(
                 sum(c.widths.values()), c.global_width, c.party_width, c.emotion_width)
@@ -153,20 +126,13 @@ class DialogueRnn(nn.Module, Checkpoint, library_name="erc_moe"):
         self.head = nn.Linear(c.dense, c.classes)
 
     def forward(self, batch: ConversationBatch) -> DialogueRnnOutput:
-        c, layout, drop = self.config, Layout(batch.mask), lambda x, p: dropout(x, p, self.training)
-        # (M, D)
-        x = drop(
-            torch.cat(observed(batch, c.widths, layout, self.head.weight)[1], 1), c.input_dropout)
+        c, layout = self.config, Layout(batch.mask)
+        x = self.drop(torch.cat(self.observed(batch, layout)[1], 1), c.input_dropout)  # (M, D)
         told = [
             net(x, layout.flat(batch.speakers), layout, backwards)
             for net, backwards in zip(self.directions, (False, True))]
         # (M, E or 2E), (M, P or 2P)
         emotion, party = (torch.cat(states, 1) for states in list(zip(*told))[:2])
-        logits = self.head(drop(F.relu(self.dense(drop(emotion, c.dropout))), c.dropout))  # (M, C)
-        return DialogueRnnOutput(layout.padded(logits), {}, None, layout.padded(party))
-
-    def loss(self, output: DialogueRnnOutput, batch: ConversationBatch) -> LossParts:
-        "Cross-entropy over the labelled utterances, weighted by class."
-        return LossParts({
-            "classification": weighted_loss(
-                output.logits[batch.mask], batch.labels[batch.mask], self.config.class_weights)})
+        dense = F.relu(self.dense(self.drop(emotion, c.dropout)))
+        logits = self.head(self.drop(dense, c.dropout))  # (M, C)
+        return DialogueRnnOutput(layout.padded(logits), party=layout.padded(party))

@@ -10,21 +10,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .context_free import check_config, observed, weighted_loss
-from ..checkpoints import Checkpoint
-from ..conversations import ConversationBatch, DataError
+from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
+from ..conversations import ConversationBatch
 from ..losses import LossParts
 from ..losses.focal import reduce_loss
-from ..ragged import Layout, dropout
+from ..ragged import Layout
 from ..sure.transformer import TransformerGate
 
 # %% ../../nbs/403_sdt.ipynb #a3478dd1
 @dataclass
-class SdtConfig:
+class SdtConfig(ModelConfig):
     "Everything that defines an SDT: modalities, sizes, weights of the loss."
-    widths: dict[str, int]  # modality ("text", "speech", "visual") -> width of its features
-    classes: int                              # C
-    labels: list[str]|None = None  # the classes' names in order: a checkpoint knows its label set
     width: int = 1024                         # d, of everything inside
     heads: int = 8
     speakers: int = 2  # of a conversation that are told apart, in order of appearance
@@ -36,36 +32,13 @@ class SdtConfig:
     distillation_weight: float = 1.           # gamma_3; 0: the students learn from labels alone
     model: str = "sdt"                        # what config.json is of
 
-    def __post_init__(self):
-        check_config(self, "SDT")
-        if self.width % self.heads or self.width % 2:
-            raise DataError(
-                f"{self.heads} heads cannot share a width of {self.width}",
-                "Let width be even and a multiple of heads.")
-        if self.temperature <= 0:
-            raise DataError(f"the temperature is {self.temperature}", "It must be positive.")
+    presets = {
+        "paper": {"meld": dict(speakers=9, temperature=8.0)},
+        "cpu": {"": dict(width=96, heads=4, input_dropout=0.3, dropout=0.4)}}  # as wide as SURE's
 
-    @classmethod
-    def paper(cls,
-        # "meld" has up to nine speakers and temperature 8; others take IEMOCAP's values
-        corpus: str,
-        widths: dict[str, int],
-        classes: int,
-        **changes,                 # any field
-    ) -> "SdtConfig":
-        "The sizes of the released code."
-        return cls(
-            **dict(
-                widths=widths, classes=classes,
-                **(dict(speakers=9, temperature=8.0) if corpus == "meld" else {}))
-            | changes)
-
-    @classmethod
-    def cpu(cls, corpus: str, widths: dict[str, int], classes: int, **changes) -> "SdtConfig":
-        "A small one, of the width of SURE's small preset."
-        return cls.paper(
-            corpus, widths, classes,
-            **dict(width=96, heads=4, input_dropout=0.3, dropout=0.4) | changes)
+    def check(self):
+        super().check()
+        self.check_multiple("width", "heads", 2)
 
 # %% ../../nbs/403_sdt.ipynb #85252b36
 class MultimodalFusion(nn.Module):
@@ -86,27 +59,23 @@ class MultimodalFusion(nn.Module):
         return torch.einsum("smd,smd->md", shares, x), shares
 
 # %% ../../nbs/403_sdt.ipynb #e6f19a2c
-@dataclass
-class SdtOutput:
-    "What SDT says of a batch; all is 0 at padding."
-    logits: Tensor  # (B, N, C) of the teacher; of the only student with one modality alone
-    # modality -> (B, N, C) its student's logits, 0 where it was not observed; {} with one
-    # modality alone
-    experts: dict[str, Tensor]
-    gate: Tensor|None                # None: students have no vote
+@dataclass(kw_only=True)
+class SdtOutput(ModelOutput):
+    """What SDT says of a batch: the teacher's logits, or with one modality alone its only
+    student's; the students' as `experts`, 0 where their modality was not observed."""
     # modality -> (B, N) its mean share in the fusion, sum 1; {} with one modality alone
     shares: dict[str, Tensor]
 
 # %% ../../nbs/403_sdt.ipynb #3850039d
-class Sdt(nn.Module, Checkpoint, library_name="erc_moe"):
+class Sdt(ConversationModel):
     """Intra- and inter-modal transformers, two levels of gated fusion, self-distillation (Ma et
     al. 2024), SDT-style."""
     config_class = SdtConfig
     def __init__(self,
         config: SdtConfig|dict,    # a dict is what config.json holds
     ):
-        super().__init__()
-        c = self.config = config if isinstance(config, SdtConfig) else SdtConfig(**config)
+        super().__init__(config)
+        c = self.config
         self.inputs = nn.ModuleDict(
             {m: nn.Linear(d, c.width, bias=False) for m, d in c.widths.items()})
         self.transformer = TransformerGate(len(c.widths), c.width, c.heads, c.dropout, c.speakers)
@@ -116,30 +85,28 @@ class Sdt(nn.Module, Checkpoint, library_name="erc_moe"):
             (MultimodalFusion(c.width), nn.Linear(c.width, c.classes)) if several else (None, None))
 
     def forward(self, batch: ConversationBatch) -> SdtOutput:
-        c, layout, drop = self.config, Layout(batch.mask), lambda x, p: dropout(x, p, self.training)
-        seen, xs = observed(batch, c.widths, layout, next(self.parameters()))  # (S, M)
+        c, layout = self.config, Layout(batch.mask)
+        seen, xs = self.observed(batch, layout)  # (S, M)
         # (S, M, d)
-        x = torch.stack([net(drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
+        x = torch.stack([net(self.drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
         # (S, M, d)
         final = self.transformer(
             x, torch.stack([layout.padded(s) for s in seen]), layout.flat(batch.speakers), layout)
         # (M, C) each
-        said = [net(drop(F.relu(f), c.dropout)) for net, f in zip(self.students.values(), final)]
-        if self.fusion is None: return SdtOutput(layout.padded(said[0]), {}, None, {})
+        said = [net(self.drop(F.relu(f), c.dropout)) for net, f in zip(self.students.values(), final)]
+        if self.fusion is None: return SdtOutput(layout.padded(said[0]), shares={})
         fused, shares = self.fusion(final, seen)
         students = {m: layout.padded(y * s[:, None]) for m, y, s in zip(c.widths, said, seen)}
         return SdtOutput(
-            layout.padded(self.teacher(fused)), students, None,
-            {m: layout.padded(s) for m, s in zip(c.widths, shares.mean(2))})
+            layout.padded(self.teacher(fused)), students,
+            shares={m: layout.padded(s) for m, s in zip(c.widths, shares.mean(2))})
 
     def loss(self, output: SdtOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy of the teacher and of each student, and the students' divergence from
         the teacher; a student learns where its modality was observed."""
         c, mask = self.config, batch.mask
-        seen = {
-            m: batch.present[m] if m in batch.features else torch.zeros_like(mask) for m in c.widths
-        }
-        learned = {m: batch.labels.where(s, -1)[mask] for m, s in seen.items()}  # (M,) each
+        seen = self.presence(batch, Layout(mask))  # (S, M)
+        learned = {m: batch.labels[mask].where(s, -1) for m, s in zip(c.widths, seen)}  # (M,) each
         if not output.experts:
             return LossParts({
                 m: weighted_loss(output.logits[mask], y, c.class_weights)

@@ -7,25 +7,22 @@ __all__ = ['MisterEConfig', 'MisterEOutput', 'MisterE']
 
 # %% ../../nbs/203_mister_e.ipynb #d68b8603
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 import torch
 from torch import Tensor, nn
-from ..checkpoints import Checkpoint
-from ..conversations import ConversationBatch, DataError
+from ..base import ConversationModel, ModelConfig, ModelOutput
+from ..conversations import ConversationBatch
 from ..losses import LossParts, consistency_loss, contrastive_loss, focal_loss
 from .context import ContextNetwork, add_context
 from .fusion import FusionNetwork
 from .gate import Gate
-from ..ragged import Layout, dropout
+from ..ragged import Layout
 
 # %% ../../nbs/203_mister_e.ipynb #88ce51c5
 @dataclass
-class MisterEConfig:
+class MisterEConfig(ModelConfig):
     """Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss.
     Section 4.2 has the defaults."""
-    widths: dict[str, int]               # modality ("speech", "text") -> width of its embeddings
-    classes: int                         # C
-    labels: list[str]|None = None  # the classes' names in order: a checkpoint knows its label set
     hidden: int = 512                    # of each direction of the BiGRU
     layers: int = 3                      # of the BiGRU
     fusion_width: int = 1024             # of the fusion network's streams
@@ -35,29 +32,40 @@ class MisterEConfig:
     input_dropout: float = 0.            # on the embeddings
     context_dropout: float = 0.2
     fusion_dropout: float = 0.5
-    gate: str = "linear"                 # "linear" (eq 10) or "mlp" (released code)
+    gate: Literal["linear", "mlp"] = "linear"    # eq 10, or the released code's
     gate_hidden: int = 10                # of the "mlp"
     gate_temperature: float = 1.         # divides the gate's logits; 2 in the released code
     gamma: float = 3.                    # focal loss (eq 19)
     expert_weight: float = 1.  # of the experts' own focal losses; 0: "No-LOSS-MoE" (section 4.7)
     contrastive_weight: float = 1.       # lambda (eq 15)
     temperature: float = 1.              # tau of the contrastive loss (eq 14)
-    # "directed" (eq 17) or "symmetric" over all pairs (released code)
-    consistency: str = "directed"
+    # eq 17, or over all pairs (released code)
+    consistency: Literal["directed", "symmetric"] = "directed"
     consistency_weight: float = 0.1      # alpha (eq 16)
-    # of every loss over utterances: "sum" (eqs 12-17) or "mean" (released code)
-    reduction: str = "sum"
+    # of every loss over utterances: eqs 12-17, or the released code's
+    reduction: Literal["sum", "mean"] = "sum"
     model: str = "mister_e"              # what config.json is of
 
-    def __post_init__(self):
-        unknown = set(self.widths) - {"speech", "text"}
-        if unknown or not self.widths:
-            raise ValueError(
-                "MiSTER-E hears speech and reads text; got widths for "
-                f"{', '.join(self.widths) or 'nothing'}")
-        self.widths = {m: self.widths[m] for m in ("speech", "text") if m in self.widths}
-        if self.labels is not None and len(self.labels) != self.classes:
-            raise ValueError(f"{len(self.labels)} labels for {self.classes} classes")
+    modalities = ("speech", "text")
+    presets = {
+        "paper": {    # section 4.2
+            "": dict(layers=3, contrastive_weight=2.0, consistency_weight=0.1, temperature=1.0),
+            "meld": dict(
+                layers=2, contrastive_weight=1.0, consistency_weight=1e-3, temperature=0.05),
+            "mosi": dict(contrastive_weight=1.0)},
+        "released": {"": dict(    # where the authors' code differs from the paper
+            gate="mlp", gate_temperature=2.0, consistency="symmetric", heads=3, reduction="mean")},
+        "cpu": {      # chosen on validation splits
+            "": dict(
+                hidden=64, layers=1, fusion_width=128, fusion_layers=1, attention_width=64,
+                heads=4, input_dropout=0.3, context_dropout=0.3, fusion_dropout=0.5,
+                reduction="mean", contrastive_weight=0.1, temperature=0.5, consistency_weight=1.0),
+            # its speech tells far less than its text (section 5.1)
+            "meld": dict(consistency_weight=0.3)}}
+
+    def check(self):
+        super().check()
+        self.check_multiple("attention_width", "heads")
 
     @property
     def experts(self) -> list[str]:
@@ -65,63 +73,27 @@ class MisterEConfig:
         return [*self.widths, "multimodal"] if len(self.widths) > 1 else [*self.widths]
 
     @classmethod
-    def paper(cls,
-        corpus: str,               # "iemocap", "meld" or "mosi"; others take IEMOCAP's values
-        widths: dict[str, int],
-        classes: int,
-        **changes,                 # any field
-    ) -> "MisterEConfig":
-        "The sizes and loss weights of section 4.2."
-        known = dict(
-            iemocap=dict(layers=3, contrastive_weight=2.0, consistency_weight=0.1, temperature=1.0),
-            meld=dict(layers=2, contrastive_weight=1.0, consistency_weight=1e-3, temperature=0.05),
-            mosi=dict(layers=3, contrastive_weight=1.0, consistency_weight=0.1, temperature=1.0))
-        return cls(
-            **dict(widths=widths, classes=classes, **known.get(corpus, known["iemocap"])) | changes)
-
-    @classmethod
-    def cpu(cls, corpus: str, widths: dict[str, int], classes: int, **changes) -> "MisterEConfig":
-        """A small one, for classical features or frozen sentence embeddings and two cores;
-        values chosen on validation splits."""
-        small = dict(
-            hidden=64, layers=1, fusion_width=128, fusion_layers=1, attention_width=64, heads=4,
-            input_dropout=0.3, context_dropout=0.3, fusion_dropout=0.5, reduction="mean",
-            contrastive_weight=0.1, temperature=0.5, consistency_weight=1.0)
-        # its speech tells far less than its text (section 5.1)
-        uneven = dict(consistency_weight=0.3) if corpus == "meld" else {}
-        return cls.paper(corpus, widths, classes, **small | uneven | changes)
-
-    @classmethod
-    def released(
-        cls, corpus: str, widths: dict[str, int], classes: int, **changes
-    ) -> "MisterEConfig":
-        """The paper's sizes with the choices of the authors' released code where it differs from
-        the paper."""
-        switches = dict(
-            gate="mlp", gate_temperature=2.0, consistency="symmetric", heads=3, reduction="mean")
-        return cls.paper(corpus, widths, classes, **switches | changes)
+    def released(cls, corpus: str, widths: dict[str, int], classes: int, **changes):
+        "The paper's sizes with the choices of the authors' released code."
+        return cls.preset("released", corpus, widths, classes, **changes)
 
 # %% ../../nbs/203_mister_e.ipynb #3a792e25
-@dataclass
-class MisterEOutput:
-    "What MiSTER-E says of a batch; logits and weights are 0 at padding."
-    logits: Tensor                          # (B, N, C) the mixture
-    experts: dict[str, Tensor]              # expert -> (B, N, C); empty with one modality alone
-    gate: Tensor|None                       # (B, N, E) in the order of `experts`
+@dataclass(kw_only=True)
+class MisterEOutput(ModelOutput):
+    "What MiSTER-E says of a batch: the mixture, and with two modalities its experts and gate."
     # (2, M, W) of the fusion network, real utterances only, speech then text
-    representations: Tensor|None
+    representations: Tensor|None = None
 
 # %% ../../nbs/203_mister_e.ipynb #c82c59d9
-class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
+class MisterE(ConversationModel):
     """Mixture of a speech, a text and a multimodal expert over whole conversations (MiSTER-E,
     section 3)."""
     config_class = MisterEConfig
     def __init__(self,
         config: MisterEConfig|dict,    # a dict is what config.json holds
     ):
-        super().__init__()
-        c = self.config = (
-            config if isinstance(config, MisterEConfig) else self.config_class(**config))
+        super().__init__(config)
+        c = self.config
         self.context = nn.ModuleDict({
             m: ContextNetwork(d, c.classes, c.hidden, c.layers, c.context_dropout)
             for m, d in c.widths.items()})
@@ -133,73 +105,55 @@ class MisterE(nn.Module, Checkpoint, library_name="erc_moe"):
             self.gate = Gate(len(c.experts), c.classes, c.gate, c.gate_hidden, c.gate_temperature)
 
     def forward(self, batch: ConversationBatch) -> MisterEOutput:
-        layout, seen, xs, contexts = self._contexts(batch)
+        layout, seen, xs, contexts = self.read(batch)
         said = [self.context[m].classify(h) for m, h in contexts.items()]  # (M, C) each
-        if self.fusion is None: return MisterEOutput(layout.padded(said[0]), {}, None, None)
+        if self.fusion is None: return MisterEOutput(layout.padded(said[0]))
         joint, representations = self.fusion(xs, seen, layout)
         experts = torch.stack([*said, joint], 1)  # (M, E, C)
-        # (M, E)
-        available = torch.stack(
-            [*(layout.flat(s) for s in seen.values()), layout.flat(layout.mask)], 1)
-        logits, weights = self.gate(experts, available)
+        logits, weights = self.gate(experts, self.available(seen, layout))
         return MisterEOutput(
             layout.padded(logits), dict(zip(self.config.experts, layout.padded(experts).unbind(2))),
-            layout.padded(weights), representations)
+            layout.padded(weights), representations=representations)
 
-    def _contexts(self, batch):
-        """The layout, and per modality: where it was seen (B, N), its embeddings (M, D_m), the
-        same in context (M, 2*hidden)."""
-        layout, widths = Layout(batch.mask), self.config.widths
-        seen = {m: self._seen(batch, m) for m in widths}
-        xs = {m: self._embeddings(batch, m, layout, seen[m]) for m in widths}
+    def read(self, batch: ConversationBatch) -> tuple[Layout, dict, dict, dict]:
+        """The layout, and per modality: where it was observed (B, N), its embeddings (M, D_m),
+        the same in context (M, 2*hidden)."""
+        c, layout = self.config, Layout(batch.mask)
+        seen, xs = self.observed(batch, layout)
+        xs = {m: self.drop(x, c.input_dropout) for m, x in zip(c.widths, xs)}
+        contexts = add_context([*self.context.values()], [*xs.values()], layout)
         return (
-            layout, seen, xs,
-            dict(zip(widths, add_context([*self.context.values()], [*xs.values()], layout))))
+            layout, dict(zip(c.widths, map(layout.padded, seen))), xs,
+            dict(zip(c.widths, contexts)))
 
-    def _embeddings(self, batch, modality, layout, seen):
-        if modality not in batch.features:
-            return next(self.parameters()).new_zeros(
-                len(layout.index), self.config.widths[modality])
-        x, width = batch.features[modality], self.config.widths[modality]
-        if x.shape[-1] != width:
-            raise DataError(
-                f"{modality!r} features are {x.shape[-1]} wide, the model was made for {width}",
-                "Extract them as they were extracted for its training.")
-        x = x.to(next(self.parameters()).dtype)
-        x = torch.where(layout.flat(seen)[:, None], layout.flat(x), 0.)
-        return dropout(x, self.config.input_dropout, self.training)
+    def available(self, seen: dict[str, Tensor], layout: Layout) -> Tensor:
+        "bool (M, E): the experts that may be asked; the multimodal one always."
+        return torch.stack([layout.flat(s) for s in (*seen.values(), layout.mask)], 1)
 
     def loss(self, output: MisterEOutput, batch: ConversationBatch) -> LossParts:
         "Equation 18, term by term; an expert learns nothing at utterances that lack its modality."
         c, layout = self.config, Layout(batch.mask)
-        labels = layout.flat(batch.labels)  # (M,)
+        labels, seen = layout.flat(batch.labels), self.presence(batch, layout)  # (M,), (S, M)
         focal = lambda logits, labels: focal_loss(layout.flat(logits), labels, c.gamma, c.reduction)
         if self.fusion is None:
-            return LossParts({
-                m: focal(output.logits, labels.where(layout.flat(self._seen(batch, m)), -1))
-                for m in c.widths})
-        present = torch.stack([layout.flat(self._seen(batch, m)) for m in c.widths], 1)  # (M, 2)
+            return LossParts({m: focal(output.logits, labels.where(s, -1))
+                              for m, s in zip(c.widths, seen)})
         parts = {
-            m: c.expert_weight * focal(output.experts[m], labels.where(seen, -1))
-            for m, seen in zip(c.widths, present.T)}
+            m: c.expert_weight * focal(output.experts[m], labels.where(s, -1))
+            for m, s in zip(c.widths, seen)}
         parts["multimodal"] = c.expert_weight * focal(output.experts["multimodal"], labels)
         parts["mixture"] = focal(output.logits, labels)
-        parts["contrastive"] = c.contrastive_weight * contrastive_loss(
-            *output.representations,
-            labels,
-            layout.conversation,
-            c.temperature,
-            c.reduction,
-            present)
+        parts["contrastive"] = self.contrast(output, labels, seen, layout)
         *unimodal, fused = (layout.flat(x) for x in output.experts.values())
         parts["consistency"] = c.consistency_weight * consistency_loss(
-            fused, unimodal, (labels >= 0) & present.all(1), c.consistency, c.reduction)
+            fused, unimodal, (labels >= 0) & seen.all(0), c.consistency, c.reduction)
         return LossParts(parts)
 
-    def _seen(self, batch, modality):
-        """bool (B, N): real and observed; a modality that the batch does not carry is absent
-        everywhere."""
-        return (
-            batch.present[modality] & batch.mask
-            if modality in batch.features
-            else torch.zeros_like(batch.mask))
+    def contrast(self,
+        output: MisterEOutput, labels: Tensor, seen: Tensor, layout: Layout
+    ) -> Tensor:    # ()
+        "The contrastive term (eqs 13-14) of the fusion network's streams."
+        c = self.config
+        return c.contrastive_weight * contrastive_loss(
+            *output.representations, labels, layout.conversation, c.temperature, c.reduction,
+            seen.T)

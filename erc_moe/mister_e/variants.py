@@ -10,31 +10,34 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from ..conversations import ConversationBatch
-from ..losses import LossParts, contrastive_loss, focal_loss
+from ..losses import LossParts, focal_loss
 from .fusion import FusionNetwork
 from .model import MisterE, MisterEConfig, MisterEOutput
-from ..ragged import Layout, dropout
+from ..ragged import Layout
 
 # %% ../../nbs/204_one_stream.ipynb #1dd01f35
 class _OneStream(MisterE):
     "MiSTER-E's parts with one answer at the end; no expert answers."
+    def __init__(self,
+        config: MisterEConfig|dict,    # a dict is what config.json holds
+    ):
+        super().__init__(config)
+        if self.fusion is None: return
+        for net in self.context.values(): net.head = None
+        self.join(self.config)
+
+    def forward(self, batch: ConversationBatch) -> MisterEOutput:
+        return super().forward(batch) if self.fusion is None else self.answer(*self.read(batch))
+
     def loss(self, output: MisterEOutput, batch: ConversationBatch) -> LossParts:
         "The focal loss of the answer and the contrastive term."
         c, layout = self.config, Layout(batch.mask)
         if self.fusion is None: return super().loss(output, batch)
-        labels = layout.flat(batch.labels)  # (M,)
-        present = torch.stack([layout.flat(self._seen(batch, m)) for m in c.widths], 1)  # (M, 2)
+        labels, seen = layout.flat(batch.labels), self.presence(batch, layout)  # (M,), (S, M)
         return LossParts({
             "classification": focal_loss(
                 layout.flat(output.logits), labels, c.gamma, c.reduction),
-            "contrastive": c.contrastive_weight
-            * contrastive_loss(
-                *output.representations,
-                labels,
-                layout.conversation,
-                c.temperature,
-                c.reduction,
-                present)})
+            "contrastive": self.contrast(output, labels, seen, layout)})
 
 # %% ../../nbs/204_one_stream.ipynb #1a85f69e
 @dataclass
@@ -47,23 +50,15 @@ class Monolithic(_OneStream):
     """Contextual representations go straight into the fusion network, which gives the answer
     (MiSTER-E, section 4.5)."""
     config_class = MonolithicConfig
-    def __init__(self,
-        config: MonolithicConfig|dict,    # a dict is what config.json holds
-    ):
-        super().__init__(config)
-        c = self.config
-        if len(c.widths) < 2: return
-        for net in self.context.values(): net.head = None
+    def join(self, c: MonolithicConfig):
         self.fusion = FusionNetwork(
             {m: 2 * c.hidden for m in c.widths}, c.classes, c.fusion_width, c.fusion_layers,
             c.attention_width, c.heads, c.fusion_dropout)
         self.gate = None
 
-    def forward(self, batch: ConversationBatch) -> MisterEOutput:
-        if self.fusion is None: return super().forward(batch)
-        layout, seen, _, contexts = self._contexts(batch)
+    def answer(self, layout, seen, xs, contexts) -> MisterEOutput:
         logits, representations = self.fusion(contexts, seen, layout)
-        return MisterEOutput(layout.padded(logits), {}, None, representations)
+        return MisterEOutput(layout.padded(logits), representations=representations)
 
 # %% ../../nbs/204_one_stream.ipynb #1f928c1c
 @dataclass
@@ -76,13 +71,7 @@ class FeatureMixture(_OneStream):
     """The gate mixes representations in place of logits, and one classifier answers: feat-MoE
     (MiSTER-E, section 4.7)."""
     config_class = FeatureMixtureConfig
-    def __init__(self,
-        config: FeatureMixtureConfig|dict,    # a dict is what config.json holds
-    ):
-        super().__init__(config)
-        c = self.config
-        if len(c.widths) < 2: return
-        for net in self.context.values(): net.head = None
+    def join(self, c: FeatureMixtureConfig):
         # the fusion network then gives its two streams, side by side
         self.fusion.head, wide = nn.Identity(), 2*c.hidden
         self.shared = nn.ModuleDict({
@@ -91,19 +80,14 @@ class FeatureMixture(_OneStream):
         self.gate = nn.Linear(len(c.experts)*wide, len(c.experts))
         self.head = nn.Linear(wide, c.classes)
 
-    def forward(self, batch: ConversationBatch) -> MisterEOutput:
-        if self.fusion is None: return super().forward(batch)
-        layout, seen, xs, contexts = self._contexts(batch)
+    def answer(self, layout, seen, xs, contexts) -> MisterEOutput:
         joint, representations = self.fusion(xs, seen, layout)  # (M, 2W), (2, M, W)
-        # (M, E)
-        available = torch.stack(
-            [*(layout.flat(s) for s in seen.values()), layout.flat(layout.mask)], 1)
+        available = self.available(seen, layout)  # (M, E)
         # (M, E, 2*hidden)
         r = (
             torch.stack(
                 [self.shared[e](h) for e, h in {**contexts, "multimodal": joint}.items()], 1)
             * available[..., None])
         weights = self.gate(r.flatten(1)).masked_fill(~available, -torch.inf).softmax(-1)  # (M, E)
-        mixed = dropout(
-            torch.einsum("me,med->md", weights, r), self.config.context_dropout, self.training)
-        return MisterEOutput(layout.padded(self.head(mixed)), {}, None, representations)
+        mixed = self.drop(torch.einsum("me,med->md", weights, r), self.config.context_dropout)
+        return MisterEOutput(layout.padded(self.head(mixed)), representations=representations)

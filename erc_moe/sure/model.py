@@ -7,30 +7,28 @@ __all__ = ['SureConfig', 'SureOutput', 'Sure']
 
 # %% ../../nbs/303_sure.ipynb #6eaf07a3
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 import torch
 from torch import Tensor, nn
-from ..checkpoints import Checkpoint
-from ..conversations import MODALITIES, ConversationBatch, DataError
-from ..losses import LossParts, focal_loss
-from ..ragged import Layout, dropout
+from ..base import ConversationModel, ModelConfig, ModelOutput
+from ..conversations import ConversationBatch, DataError
+from ..losses import LossParts
+from ..ragged import Layout
 from .experts import GaussianExperts
 from .reasoning import IterativeReasoning, reason
 from .transformer import TransformerGate
 
 # %% ../../nbs/303_sure.ipynb #ab05c16a
 @dataclass
-class SureConfig:
+class SureConfig(ModelConfig):
     """Everything that defines a SURE: modalities, sizes, switches of the ablations, weights of
     the loss."""
-    widths: dict[str, int]  # modality ("text", "speech", "visual") -> width of its features
-    classes: int                              # C
-    labels: list[str]|None = None  # the classes' names in order: a checkpoint knows its label set
     width: int = 1024                         # d, of everything inside
     moe: bool = True                          # False: without the mixture of experts
     experts: int = 4                          # E
     chosen: int = 3                           # k, of the experts
-    routing: str = "uncertainty"              # or "learned": the gate does not see uncertainty
+    # "learned": the gate does not see uncertainty
+    routing: Literal["uncertainty", "learned"] = "uncertainty"
     reasoning: bool = True                    # False: without iterative reasoning
     steps: int = 2                            # S, of the reasoning
     heads: int = 8                            # of the transformer gate
@@ -42,69 +40,23 @@ class SureConfig:
     balance_weight: float = 1e-2              # of the load balance
     model: str = "sure"                       # what config.json is of
 
-    def __post_init__(self):
-        for m in self.widths:
-            if m not in MODALITIES:
-                raise DataError(
-                    f"SURE knows no modality {m!r}", f"It knows {', '.join(MODALITIES)}.")
-        self.widths = {m: self.widths[m] for m in MODALITIES if m in self.widths}
-        for wrong, problem, fix in (
-            (
-                not self.widths,
-                "no modality was given",
-                f"Give the width of one of {', '.join(MODALITIES)} at least."),
-            (
-                not 1 <= self.chosen <= self.experts,
+    presets = {
+        "paper": {"meld": dict(speakers=9)},    # up to so many speak
+        "cpu": {"": dict(width=96, heads=4, input_dropout=0.3, dropout=0.4)}}
+
+    def check(self):
+        super().check()
+        self.check_multiple("width", "heads", 2)
+        if self.chosen > self.experts:
+            raise DataError(
                 f"cannot choose {self.chosen} of {self.experts} experts",
-                "Let chosen be at most experts."),
-            (
-                self.routing not in ("uncertainty", "learned"),
-                f"routing {self.routing!r} is not known", "It is uncertainty or learned."),
-            (
-                self.steps < 1, f"reasoning cannot take {self.steps} steps",
-                "Let it take one at least, or set reasoning to false."),
-            (
-                self.width % self.heads or self.width % 2,
-                f"{self.heads} heads cannot share a width of {self.width}",
-                "Let width be even and a multiple of heads."),
-            (
-                self.labels is not None and len(self.labels) != self.classes,
-                f"{len(self.labels or [])} labels for {self.classes} classes",
-                "Name every class once."),
-            (
-                self.class_weights is not None and len(self.class_weights) != self.classes,
-                f"{len(self.class_weights or [])} class weights for {self.classes} classes",
-                "Give one per class."),
-        ):
-            if wrong: raise DataError(problem, fix)
-
-    @classmethod
-    def paper(cls,
-        corpus: str,               # "meld" has up to nine speakers; others take IEMOCAP's two
-        widths: dict[str, int],
-        classes: int,
-        **changes,                 # any field
-    ) -> "SureConfig":
-        "The sizes of section 3.1, and of the released code where the paper has none."
-        return cls(
-            **dict(widths=widths, classes=classes, speakers=9 if corpus == "meld" else 2) | changes)
-
-    @classmethod
-    def cpu(cls, corpus: str, widths: dict[str, int], classes: int, **changes) -> "SureConfig":
-        """A small one, for classical features or frozen sentence embeddings and two cores: same
-        parts, narrower."""
-        return cls.paper(
-            corpus, widths, classes,
-            **dict(width=96, heads=4, input_dropout=0.3, dropout=0.4) | changes)
+                "Let chosen be at most experts.")
 
 # %% ../../nbs/303_sure.ipynb #ea382eec
-@dataclass
-class SureOutput:
+@dataclass(kw_only=True)
+class SureOutput(ModelOutput):
     """What SURE says of a batch; all is 0 at padding, and at utterances without the modality
-    where it is per modality."""
-    logits: Tensor                      # (B, N, C)
-    experts: dict[str, Tensor]          # {}: SURE's experts classify nothing by themselves
-    gate: Tensor|None                   # None, for the same reason
+    where it is per modality. Its experts classify nothing by themselves."""
     # modality -> (B, N, E) weights of the chosen experts, 0 for the others
     routing: dict[str, Tensor]
     uncertainty: dict[str, Tensor]      # modality -> (B, N, E) mean sigma of every expert
@@ -115,14 +67,14 @@ class SureOutput:
     balance: Tensor                     # () mean over modalities; 1: even
 
 # %% ../../nbs/303_sure.ipynb #272cfe6a
-class Sure(nn.Module, Checkpoint, library_name="erc_moe"):
+class Sure(ConversationModel):
     "Synergistic uncertainty-aware reasoning over whole conversations (SURE, section 2)."
     config_class = SureConfig
     def __init__(self,
         config: SureConfig|dict,    # a dict is what config.json holds
     ):
-        super().__init__()
-        c = self.config = config if isinstance(config, SureConfig) else SureConfig(**config)
+        super().__init__(config)
+        c = self.config
         each = lambda module, *args: nn.ModuleDict({m: module(*args) for m in c.widths})
         self.inputs = nn.ModuleDict({m: nn.Linear(d, c.width) for m, d in c.widths.items()})
         self.moe = each(GaussianExperts, c.width, c.experts, c.chosen, c.routing) if c.moe else None
@@ -132,14 +84,12 @@ class Sure(nn.Module, Checkpoint, library_name="erc_moe"):
 
     def forward(self, batch: ConversationBatch) -> SureOutput:
         c, layout = self.config, Layout(batch.mask)
-        # (B, N)
-        seen = {
-            m: batch.present[m] & batch.mask
-            if m in batch.features
-            else torch.zeros_like(batch.mask)
-            for m in c.widths}
+        seen, xs = self.observed(batch, layout)
+        seen = {m: layout.padded(s) for m, s in zip(c.widths, seen)}  # (B, N) each
         own = {m: Layout(s) for m, s in seen.items()}
-        xs = {m: self.inputs[m](self._features(batch, m, own[m])) for m in c.widths}  # (M_m, d)
+        xs = {
+            m: self.inputs[m](self.drop(x[layout.flat(seen[m])], c.input_dropout))  # (M_m, d)
+            for m, x in zip(c.widths, xs)}
         routed, attention = {}, {}
         if c.moe:
             for m, net in self.moe.items(): xs[m], routed[m] = net(xs[m])
@@ -152,39 +102,23 @@ class Sure(nn.Module, Checkpoint, library_name="erc_moe"):
         final = self.transformer(
             streams, torch.stack([*seen.values()]), layout.flat(batch.speakers), layout)
         # (M, C) eqs 18-19
-        logits = self.head(dropout(torch.cat([*final], 1), c.dropout, self.training))
+        logits = self.head(self.drop(torch.cat([*final], 1), c.dropout))
         heard = [r for r in routed.values() if len(r.weights)]
         mean = lambda terms: torch.stack(terms).mean() if terms else logits.new_zeros(())
         return SureOutput(
-            layout.padded(logits), {}, None,
-            {m: own[m].padded(r.weights) for m, r in routed.items()},
-            {m: own[m].padded(r.uncertainty) for m, r in routed.items()}, attention,
-            mean([r.divergence.mean() for r in heard]), mean([r.balance for r in heard]))
-
-    def _features(self, batch, modality, layout):
-        width = self.config.widths[modality]
-        if modality not in batch.features: return self.head.weight.new_zeros(0, width)
-        x = batch.features[modality]
-        if x.shape[-1] != width:
-            raise DataError(
-                f"{modality!r} features are {x.shape[-1]} wide, the model was made for {width}",
-                "Extract them as they were extracted for its training.")
-        return dropout(
-            layout.flat(x).to(self.head.weight.dtype), self.config.input_dropout, self.training)
+            layout.padded(logits),
+            routing={m: own[m].padded(r.weights) for m, r in routed.items()},
+            uncertainty={m: own[m].padded(r.uncertainty) for m, r in routed.items()},
+            attention=attention,
+            divergence=mean([r.divergence.mean() for r in heard]),
+            balance=mean([r.balance for r in heard]))
 
     def loss(self, output: SureOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy over the labelled utterances, weighted by class, and the terms of the
         experts."""
-        c = self.config
-        weight = (
-            None
-            if c.class_weights is None
-            else torch.tensor(c.class_weights, device=output.logits.device))
-        parts = {
-            "classification": focal_loss(
-                output.logits[batch.mask], batch.labels[batch.mask], 0.0, "mean", weight)}
+        c, parts = self.config, super().loss(output, batch).parts
         if c.moe:
-            parts |= {
+            parts = parts | {
                 "divergence": c.divergence_weight * output.divergence,
                 "balance": c.balance_weight * output.balance}
         return LossParts(parts)
