@@ -12,15 +12,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from torch import nn
-from .baselines import (
-    BcLstm, BcLstmConfig, ContextFree, ContextFreeConfig, DialogueRnn, DialogueRnnConfig,
-    LateFusion, LateFusionConfig, Sdt, SdtConfig)
+from .baselines import BcLstm, ContextFree, DialogueRnn, LateFusion, Sdt
 from .checkpoints import check_finite
 from .conversations import DataError
-from .mister_e import (
-    FeatureMixture, FeatureMixtureConfig, MisterE, MisterEConfig, Monolithic, MonolithicConfig)
-from .sure import Sure, SureConfig
-from .systems import Hcam, HcamConfig
+from .mister_e import FeatureMixture, MisterE, Monolithic
+from .sure import Sure
+from .systems import Hcam
 
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
@@ -146,94 +143,59 @@ _cpu = {
     "": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
     "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32),
     "mosi": dict(epochs=16)}
-register(ModelEntry("mister_e", MisterE, MisterEConfig, training={
+def _known(model, training):
+    register(ModelEntry(model.config_class.model, model, model.config_class, training))
+
+_known(MisterE, {
     "paper": {"meld": dict(batch_size=32)},
-    "cpu": _cpu | {"mosi": dict(epochs=16, lr=5e-4)}}));
+    "cpu": _cpu | {"mosi": dict(epochs=16, lr=5e-4)}})
 
 # %% ../nbs/814_models.ipynb #41196b45
-register(ModelEntry(
-    "mister_e_monolithic", Monolithic, MonolithicConfig, training=MODELS["mister_e"].training))
-register(
-    ModelEntry(
-        "mister_e_features", FeatureMixture, FeatureMixtureConfig,
-        training=MODELS["mister_e"].training));
+for _model in (Monolithic, FeatureMixture): _known(_model, MODELS["mister_e"].training)
 
 # %% ../nbs/814_models.ipynb #b79e4603
-register(ModelEntry(
-    "sure",
-    Sure,
-    SureConfig,
-    training={
-        "paper": {
-            "": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
-            "iemocap": dict(class_weights="inverse_frequency"),
-            "meld": dict(epochs=50, batch_size=32, lr=5e-6)},
-        "cpu": {
-            "": dict(
-                epochs=20, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.1, ema=0.98),
-            "iemocap": dict(lr=2e-3),
-            "meld": dict(batch_size=32),
-            "emorynlp": dict(batch_size=32)}}));
+_known(Sure, {
+    "paper": {
+        "": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
+        "iemocap": dict(class_weights="inverse_frequency"),
+        "meld": dict(epochs=50, batch_size=32, lr=5e-6)},
+    "cpu": {
+        "": dict(epochs=20, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.1, ema=0.98),
+        "iemocap": dict(lr=2e-3),
+        "meld": dict(batch_size=32),
+        "emorynlp": dict(batch_size=32)}})
 
 # %% ../nbs/814_models.ipynb #e3f5dbfc
-for _name, _model, _config, _paper, _rates in (  # rates: iemocap, meld, mosi
-    (
-        "context_free",
-        ContextFree,
-        ContextFreeConfig,
-        {"": dict(lr=1e-4), "meld": dict(batch_size=32)},
-        (1.6e-2, 4e-3, 2e-3),
-    ),
-    (
-        "bc_lstm",
-        BcLstm,
-        BcLstmConfig,
-        {"": dict(epochs=60, batch_size=32, lr=1e-4, weight_decay=1e-5)},
-        (8e-3, 2e-3, 8e-3),
-    ),
-    (
-        "dialogue_rnn",
-        DialogueRnn,
-        DialogueRnnConfig,
+# paper's training; highest learning rates of cpu on iemocap, meld (and what is not named), mosi
+_TRAINED = {
+    "context_free": ({"": dict(lr=1e-4), "meld": dict(batch_size=32)}, (1.6e-2, 4e-3, 2e-3)),
+    "bc_lstm": (
+        {"": dict(epochs=60, batch_size=32, lr=1e-4, weight_decay=1e-5)}, (8e-3, 2e-3, 8e-3)),
+    "dialogue_rnn": (
         {
             "": dict(epochs=60, batch_size=30, lr=1e-4, weight_decay=1e-5),
             "iemocap": dict(class_weights="inverse_frequency"),
-            "meld": dict(epochs=100, lr=5e-4),
-        },
-        (1.6e-2, 4e-3, 1.6e-2),
-    ),
-    (
-        "sdt",
-        Sdt,
-        SdtConfig,
+            "meld": dict(epochs=100, lr=5e-4)},
+        (1.6e-2, 4e-3, 1.6e-2)),
+    "sdt": (
         {
             "": dict(epochs=150, batch_size=16, lr=1e-4, weight_decay=1e-5),
             "iemocap": dict(class_weights="inverse_frequency"),
-            "meld": dict(epochs=50, batch_size=8, lr=5e-6),
-        },
-        (4e-3, 2e-3, 8e-3),
-    ),
-    (
-        "late_fusion",
-        LateFusion,
-        LateFusionConfig,
-        {"meld": dict(batch_size=32)},
-        (4e-3, 2e-3, 1.6e-2),
-    ),
-):
+            "meld": dict(epochs=50, batch_size=8, lr=5e-6)},
+        (4e-3, 2e-3, 8e-3)),
+    "late_fusion": ({"meld": dict(batch_size=32)}, (4e-3, 2e-3, 1.6e-2)),
+}
+
+# %% ../nbs/814_models.ipynb #f77ea14c
+for _model in (ContextFree, BcLstm, DialogueRnn, Sdt, LateFusion):
+    _paper, _rates = _TRAINED[_model.config_class.model]
     _own = {c: _cpu.get(c, {}) | dict(lr=lr) for c, lr in zip(("iemocap", "meld", "mosi"), _rates)}
-    register(
-        ModelEntry(
-            _name, _model, _config,
-            training={"paper": _paper, "cpu": _cpu | {"": _cpu[""] | dict(lr=_rates[1])} | _own}))
+    _known(_model, {"paper": _paper, "cpu": _cpu | {"": _cpu[""] | dict(lr=_rates[1])} | _own})
 
 # %% ../nbs/814_models.ipynb #e1a6163b
-for _name, _model, _config, _paper in (
-    ("hcam", Hcam, HcamConfig, {"meld": dict(batch_size=32)}),
-):
-    register(ModelEntry(
-        _name, _model, _config,
-        training={"paper": _paper, "cpu": MODELS["sdt"].training["cpu"]}))
+for _model, _paper in (
+    (Hcam, {"meld": dict(batch_size=32)}),
+): _known(_model, {"paper": _paper, "cpu": MODELS["sdt"].training["cpu"]})
 
 # %% ../nbs/814_models.ipynb #aef962e6
 def parse_changes(

@@ -88,12 +88,14 @@ class Sdt(ConversationModel):
         c, layout = self.config, Layout(batch.mask)
         seen, xs = self.observed(batch, layout)  # (S, M)
         # (S, M, d)
-        x = torch.stack([net(self.drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
+        x = torch.stack([
+            net(self.drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
         # (S, M, d)
         final = self.transformer(
             x, torch.stack([layout.padded(s) for s in seen]), layout.flat(batch.speakers), layout)
         # (M, C) each
-        said = [net(self.drop(F.relu(f), c.dropout)) for net, f in zip(self.students.values(), final)]
+        said = [
+            net(self.drop(F.relu(f), c.dropout)) for net, f in zip(self.students.values(), final)]
         if self.fusion is None: return SdtOutput(layout.padded(said[0]), shares={})
         fused, shares = self.fusion(final, seen)
         students = {m: layout.padded(y * s[:, None]) for m, y, s in zip(c.widths, said, seen)}

@@ -10,22 +10,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..baselines.bc_lstm import read_conversations
-from ..baselines.context_free import check_config, observed, weighted_loss
-from ..checkpoints import Checkpoint
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, contrastive_loss
-from ..ragged import Layout, dropout
+from ..ragged import Layout
 from ..recurrence import bigru
 from .attention import TurnAttention
 
 # %% ../../nbs/411_hcam.ipynb #c7a0b737
 @dataclass
-class HcamConfig:
+class HcamConfig(ModelConfig):
     "Everything that defines an HCAM: modalities, sizes, weights of the loss."
-    widths: dict[str, int]  # modality ("text", "speech", "visual") -> width of its features
-    classes: int                              # C
-    labels: list[str]|None = None  # the classes' names in order: a checkpoint knows its label set
     hidden: int = 100                         # H, of each direction of the GRUs; the rest has 2H
     layers: int = 2                           # of the GRUs
     heads: int = 4
@@ -39,53 +35,37 @@ class HcamConfig:
     causal: bool = False  # True: nothing after the utterance is read
     model: str = "hcam"                       # what config.json is of
 
-    def __post_init__(self):
-        check_config(self, "HCAM")
+    presets = {
+        "paper": {    # the authors' earlier code; weights of the loss as MiSTER-E has them
+            "iemocap": dict(contrastive_weight=2.), "meld": dict(temperature=.05)},
+        "cpu": {"": dict(    # as wide as MiSTER-E's
+            hidden=64, layers=1, input_dropout=.3, dropout=.4, contrastive_weight=.1,
+            temperature=.5)}}
+
+    def check(self):
+        super().check()
         if 2*self.hidden % self.heads:
             raise DataError(
-                f"{self.heads} heads cannot share a width of {2*self.hidden}",
+                f"hidden is {self.hidden} and heads is {self.heads}",
                 "Let 2*hidden be a multiple of heads.")
 
-    @classmethod
-    def paper(cls,
-        # "meld" has MiSTER-E's temperature for it; others take IEMOCAP's values
-        corpus: str,
-        widths: dict[str, int],
-        classes: int,
-        **changes,                 # any field
-    ) -> "HcamConfig":
-        "The sizes of the authors' earlier code; weights of the loss as MiSTER-E has them."
-        known = dict(iemocap=dict(contrastive_weight=2.), meld=dict(temperature=.05))
-        return cls(**dict(widths=widths, classes=classes, **known.get(corpus, {})) | changes)
-
-    @classmethod
-    def cpu(cls, corpus: str, widths: dict[str, int], classes: int, **changes) -> "HcamConfig":
-        "A small one, of the width of MiSTER-E's small preset."
-        small = dict(
-            hidden=64, layers=1, input_dropout=.3, dropout=.4, contrastive_weight=.1,
-            temperature=.5)
-        return cls.paper(corpus, widths, classes, **small | changes)
-
 # %% ../../nbs/411_hcam.ipynb #19544447
-@dataclass
-class HcamOutput:
-    "What HCAM says of a batch; logits are 0 at padding."
-    logits: Tensor  # (B, N, C) of stage 3; of stage 2 with one modality alone
-    # modality -> (B, N, C) of stage 2, 0 where it was not observed; {} with one modality alone
-    experts: dict[str, Tensor]
-    gate: Tensor|None            # None: stage 2 has no vote
+@dataclass(kw_only=True)
+class HcamOutput(ModelOutput):
+    """What HCAM says of a batch: the logits of stage 3, and those of stage 2 as `experts`, 0 where
+    their modality was not observed. With one modality alone there is no stage 3."""
     # (M, 2H) what stage 3 knows of each real utterance; None with one modality alone
-    fused: Tensor|None
+    fused: Tensor|None = None
 
 # %% ../../nbs/411_hcam.ipynb #365c6e6f
-class Hcam(nn.Module, Checkpoint, library_name="erc_moe"):
+class Hcam(ConversationModel):
     "Context, then co-attention between modalities (Dutta and Ganapathy 2023), HCAM-style."
     config_class = HcamConfig
     def __init__(self,
         config: HcamConfig|dict,    # a dict is what config.json holds
     ):
-        super().__init__()
-        c = self.config = config if isinstance(config, HcamConfig) else HcamConfig(**config)
+        super().__init__(config)
+        c = self.config
         S, width = len(c.widths), 2*c.hidden
         self.context = nn.ModuleDict({
             m: nn.GRU(
@@ -102,8 +82,8 @@ class Hcam(nn.Module, Checkpoint, library_name="erc_moe"):
              nn.Linear(width, c.classes)) if self.pairs else (None, None, None))
 
     def forward(self, batch: ConversationBatch) -> HcamOutput:
-        c, layout, drop = self.config, Layout(batch.mask), lambda x, p: dropout(x, p, self.training)
-        seen, xs = observed(batch, c.widths, layout, self.turns.q_weight)  # (S, M), (M, D_m) each
+        c, layout, drop = self.config, Layout(batch.mask), self.drop
+        seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs, grus = [drop(x, c.input_dropout) for x in xs], [*self.context.values()]
         hs = (
             [read_conversations(gru, x, layout) for gru, x in zip(grus, xs)]
@@ -112,26 +92,23 @@ class Hcam(nn.Module, Checkpoint, library_name="erc_moe"):
         context = self.turns(h, h, seen, layout)  # (S, M, 2H)
         # (M, C) each
         said = [net(drop(x, c.dropout)) for net, x in zip(self.stage2.values(), context)]
-        if not self.pairs: return HcamOutput(layout.padded(said[0]), {}, None, None)
+        if not self.pairs: return HcamOutput(layout.padded(said[0]))
         if c.staged: context = context.detach()
         ask, asked = (list(side) for side in zip(*self.pairs))
         heard = self.co(context[ask], context[asked], seen[asked], layout)  # (P, M, 2H)
         fused = self.join(drop(heard, c.dropout).transpose(0, 1).flatten(1))  # (M, 2H)
         logits = self.stage3(drop(F.relu(fused), c.dropout))  # (M, C)
         stage2 = {m: layout.padded(y * s[:, None]) for m, y, s in zip(c.widths, said, seen)}
-        return HcamOutput(layout.padded(logits), stage2, None, fused)
+        return HcamOutput(layout.padded(logits), stage2, fused=fused)
 
     def loss(self, output: HcamOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy of both stages and the contrast of the labelled utterances; a modality's
         classifier learns where it was observed."""
         c, mask, labels = self.config, batch.mask, batch.labels[batch.mask]  # (M,)
         said = output.experts or {m: output.logits for m in c.widths}
-        seen = {
-            m: (batch.present[m] if m in batch.features else torch.zeros_like(mask))[mask]
-            for m in said}
         parts = {
-            m: weighted_loss(y[mask], labels.where(seen[m], -1), c.class_weights)
-            for m, y in said.items()}
+            m: weighted_loss(y[mask], labels.where(seen, -1), c.class_weights)
+            for (m, y), seen in zip(said.items(), self.presence(batch, Layout(mask)))}
         if output.fused is None: return LossParts(parts)
         parts["task"] = weighted_loss(output.logits[mask], labels, c.class_weights)
         # one view of every utterance, and the batch as one conversation
