@@ -1,6 +1,8 @@
 """Metrics against scikit-learn and torchmetrics, the bootstrap against a loop, the pictures on
 unusual input."""
+import sys
 import warnings
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,6 +17,7 @@ from torchmetrics.functional.classification import (
 from erc_moe import evaluation as ev
 from erc_moe.conversations import EMOTION_COLORS, Conversation, DataError, Utterance
 
+ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("evaluation", deadline=None, max_examples=30)
 settings.load_profile("evaluation")
 seeds = st.integers(0, 2**31)
@@ -115,20 +118,68 @@ def test_intervals_of_seeds_and_of_differences(seed):
         and ev.bootstrap_interval(runs, resamples=200, seed=1) == several)
     wider = ev.bootstrap_interval(runs, resamples=200, level=.99, seed=1)
     assert wider.low <= several.low and several.high <= wider.high
-    difference = ev.paired_bootstrap(runs[0], runs[1:], resamples=200)
-    assert difference.difference == pytest.approx(
-        ev.weighted_f1(runs[0].sum(0)) - np.mean([ev.weighted_f1(r.sum(0)) for r in runs[1:]]))
+    difference = ev.paired_difference(runs[:2], runs[1:], resamples=200)
+    by_seed = np.subtract(*(ev.weighted_f1(r.sum(1)) for r in (runs[:2], runs[1:])))
+    assert difference.difference == pytest.approx(by_seed.mean()) and difference.seeds == 2
+    gaps = ev.resampled_scores(runs[:2], resamples=200) - ev.resampled_scores(
+        runs[1:], resamples=200)
+    alone = difference.conversations
+    assert [alone.low, alone.high] == pytest.approx(np.quantile(gaps, [.025, .975]))
+    assert alone.score == difference.difference
     assert (
         0 < difference.p_value <= 1
-        and ev.paired_bootstrap(runs[0], runs[0], resamples=50).p_value == 1)
+        and ev.paired_difference(runs[0], runs[0], resamples=50).p_value == 1)
 
 
-def test_paired_bootstrap_refuses_other_utterances():
+def test_seeds_that_differ_widen_the_interval_and_equal_ones_do_not():
+    """Whole seeds shifted apart: the interval over conversations alone knows nothing of it."""
+    rng = np.random.default_rng(0)
+    labels, owner = rng.integers(4, size=900), np.arange(30).repeat(30)
+    run = lambda skill: ev.conversation_counts(
+        labels, np.where(rng.random(900) < skill, labels, (labels + 1) % 4), owner, 4)
+    base = np.stack([run(.5)] * 5)
+    alike = np.stack([run(.6)] * 5)
+    apart = np.stack([run(skill) for skill in (.4, .5, .6, .7, .8)])
+    width = lambda i: i.high - i.low
+    equal, unequal = (ev.paired_difference(x, base, resamples=4000) for x in (alike, apart))
+    assert width(unequal) > 2.5 * width(unequal.conversations)
+    assert 1 < width(equal) / width(equal.conversations) < 1.15    # Student's t of 30, no more
+    # 5 seeds a standard deviation of .158 apart: t(4) times .158 / sqrt(5), and a little more
+    assert .35 < width(unequal) < .6
+    assert unequal.detectable == pytest.approx(width(unequal) / 2 * (1 + .8416 / 1.96), rel=1e-3)
+
+
+@pytest.mark.parametrize("spread", [0, .05])
+def test_the_two_level_interval_holds_a_known_difference(spread):
+    """Coverage on few test sets; tools/interval_coverage.py counts it on many (results/interval-coverage.json)."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import interval_coverage
+    size, rng = (31, 22), np.random.default_rng(0)
+    at = interval_coverage.measured(rng, size, spread, 5, .05, splits=120, resamples=400)
+    assert .9 <= at["coverage"]["two_level"] <= .99
+    assert at["coverage"]["conversations"] <= at["coverage"]["two_level"]
+
+
+def test_holm_is_the_step_down_by_hand():
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 30):
+        p = rng.random(n)**3
+        expected, worst = {}, 0.
+        for rank, i in enumerate(np.argsort(p)):
+            worst = max(worst, min(1, p[i] * (n - rank)))
+            expected[i] = worst
+        assert ev.holm(p) == pytest.approx([expected[i] for i in range(n)])
+        assert (ev.holm(p) >= p).all()
+
+
+def test_a_difference_refuses_other_utterances_and_other_seeds():
     counts = ev.conversation_counts([0, 1, 1], [0, 1, 0], [0, 0, 1], 2)
     for other in (
         counts[:1], counts[::-1], ev.conversation_counts([0, 1, 0], [0, 1, 0], [0, 0, 1], 2)):
         with pytest.raises(DataError, match="same conversations"):
-            ev.paired_bootstrap(counts, other)
+            ev.paired_difference(counts, other)
+    with pytest.raises(DataError, match="2 seeds and the other 1"):
+        ev.paired_difference(np.stack([counts] * 2), counts)
 
 
 def test_p_values_are_uniform_where_there_is_no_difference():
@@ -137,7 +188,7 @@ def test_p_values_are_uniform_where_there_is_no_difference():
         labels, owner = rng.integers(3, size=400), np.arange(40).repeat(10)
         system = lambda: ev.conversation_counts(
             labels, np.where(rng.random(400) < 0.6, labels, rng.integers(3, size=400)), owner, 3)
-        p_values.append(ev.paired_bootstrap(system(), system(), resamples=200, seed=s).p_value)
+        p_values.append(ev.paired_difference(system(), system(), resamples=200, seed=s).p_value)
     assert (
         0.01 <= np.mean(np.array(p_values) < 0.05) <= 0.12
         and 0.38 < np.mean(np.array(p_values) < 0.5) < 0.62)

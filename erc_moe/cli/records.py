@@ -60,7 +60,7 @@ def show_tables(args, ledger, chosen):
     from erc_moe.experiments import tables
     for e in chosen:
         print(f"\n{e.name}: {e.title} ({e.source}), preset {args.preset}")
-        frame = tables.table(e, ledger, args.preset, by_validation=e.name.startswith("choices/"))
+        frame = tables.table(e, ledger, args.preset, by_validation=e.choice)
         for corpus in e.corpora: print(f"\n{corpus}"); show(frame[corpus])
 
 # %% ../../nbs/845_reproduce_command.ipynb #a2e3ff5f
@@ -91,8 +91,7 @@ def show_tables(args, ledger, chosen):
         help="Where the records lie, a JSON line per training (default: results/reproduce)."),
     option(
         "--seeds", type=whole_number(1, 1000), metavar="N",
-        help="How many seeds per row to train (default: as declared, five for the main "
-        "tables, three elsewhere)."),
+        help="How many seeds per row to train (default: as declared, five)."),
     option(
         "--workers", type=whole_number(1, 1024), metavar="N",
         help="Trainings at a time (default: one per core, or one on a GPU)."),
@@ -123,8 +122,9 @@ def reproduce(args):
     print(
         "\nweighted F1 in percent, mean ± standard deviation over seeds; strict: epoch "
         "chosen on validation, test-selected: on test; differences with the 95 % "
-        "interval of a paired bootstrap over "
-        "conversations, which knows nothing of other seeds")
+        "interval over test "
+        "conversations and seeds, seed by seed; p, Holm: corrected for all comparisons of the "
+        "table; detectable: what four such test sets in five would have shown")
     if (old := sum(r["code"] != experiments.code_of(r["cell"]["model"]) for r in records)):
         print(
             f"{old} of {len(records)} trainings on record were made with other code than "

@@ -2,5 +2,5 @@
 from .calibration import calibrate, fit_temperature
 from .metrics import CalibrationBins, Metrics, calibration_bins, evaluate_logits
 from .statistics import (
-    Difference, Interval, accuracy, bootstrap_interval, conversation_counts, over_seeds,
-    paired_bootstrap, resampled_scores, weighted_f1)
+    Difference, Interval, accuracy, bootstrap_interval, conversation_counts, holm, over_seeds,
+    paired_difference, power, resampled_scores, two_level, weighted_f1)

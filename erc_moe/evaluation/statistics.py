@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['over_seeds', 'conversation_counts', 'weighted_f1', 'accuracy', 'Interval', 'resampled_scores', 'bootstrap_interval',
-           'Difference', 'paired_bootstrap']
+           'two_level', 'Difference', 'paired_difference', 'power', 'holm']
 
 # %% ../../nbs/601_statistics.ipynb #06fdaecf
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np
+from scipy.special import ndtr, ndtri
 from ..conversations import DataError
 
 # %% ../../nbs/601_statistics.ipynb #05d907c1
@@ -63,7 +65,23 @@ class Interval:
     level: float       # nominal coverage, 0.95
     resamples: int
 
-# %% ../../nbs/601_statistics.ipynb #302f3e1a
+# %% ../../nbs/601_statistics.ipynb #eb81e06d
+@lru_cache(maxsize=4)
+def _times(units, resamples, seed):
+    "How often each draw took each unit, with replacement: float32 (R, B), whole numbers."
+    draws = np.random.default_rng(seed).integers(units, size=(resamples, units))    # (R, B)
+    at = (np.arange(resamples)[:, None] * units + draws).ravel()
+    return np.bincount(at, minlength=resamples * units).reshape(-1, units).astype(np.float32)
+
+# %% ../../nbs/601_statistics.ipynb #bfdf097a
+def _by_seed(counts, metric, resamples, seed):
+    "(R, S): the score of every seed on every draw; sums of counts are exact in float32."
+    S, B, C, _ = counts.shape
+    flat = counts.transpose(1, 0, 2, 3).reshape(B, -1).astype(np.float32)           # (B, S C C)
+    confusion = (_times(B, resamples, seed) @ flat).astype(np.float64)
+    return metric(confusion.reshape(resamples, S, C, C))
+
+# %% ../../nbs/601_statistics.ipynb #aa302e82
 def resampled_scores(
     # (B, C, C) of one run, or (S, B, C, C) of S seeds on the same conversations
     counts: np.ndarray,
@@ -72,16 +90,8 @@ def resampled_scores(
     seed: int = 0,            # of the draws: the same seed gives the same draws for the same B
 ) -> np.ndarray:              # (resamples,): the score of each, a mean over seeds
     "Bootstrap over conversations: each resample draws B conversations with replacement."
-    counts = np.asarray(counts, dtype=np.float64)
-    counts = counts.reshape(-1, *counts.shape[-3:])  # (S, B, C, C)
-    S, B, C, _ = counts.shape
-    draws = np.random.default_rng(seed).integers(B, size=(resamples, B))                   # (R, B)
-    # (R, B)
-    times = np.bincount(
-        (np.arange(resamples)[:, None] * B + draws).ravel(), minlength=resamples * B
-    ).reshape(resamples, B)
-    confusion = times.astype(np.float64) @ counts.transpose(1, 0, 2, 3).reshape(B, -1)  # (R, S C C)
-    return metric(confusion.reshape(resamples, S, C, C)).mean(1)
+    counts = np.asarray(counts)
+    return _by_seed(counts.reshape(-1, *counts.shape[-3:]), metric, resamples, seed).mean(1)
 
 # %% ../../nbs/601_statistics.ipynb #4dde54c6
 def bootstrap_interval(
@@ -99,39 +109,107 @@ def bootstrap_interval(
         float(np.mean(metric(np.asarray(counts).sum(-3)))), float(low), float(high), level,
         resamples)
 
-# %% ../../nbs/601_statistics.ipynb #73b730ed
+# %% ../../nbs/601_statistics.ipynb #1fb0f984
+def two_level(
+    scores: np.ndarray,     # (R, S): of every seed on every draw of conversations
+    observed: np.ndarray,   # (S,): of every seed on the conversations themselves
+    units: int,             # B, the number of conversations
+    seed: int = 0,          # of the draws
+) -> np.ndarray:            # (R,): the mean, had other conversations and other seeds been drawn
+    "Bootstrap over conversations and seeds; of one seed, over conversations alone."
+    (R, S), mean, rng = scores.shape, observed.mean(), np.random.default_rng([seed, units])
+    if units < 2: return np.full(R, mean)
+    grow = units / (units - 1)    # of a bootstrap's variance, to be without bias
+    moved = (scores.mean(1) - mean) * grow**.5                                       # (R,)
+    by_conversation, own, spread = moved.var(), 0., 0.
+    if S > 1:
+        spread = observed.var(ddof=1)                                                # of the d_s
+        shared = (scores - scores.mean(1, keepdims=True)).var(0).sum() / (S - 1) * grow
+        own = max(0., spread - shared)                                               # of the seeds
+        if own:
+            drawn = observed[rng.integers(S, size=(R, S))].mean(1) - mean            # (R,)
+            moved = moved + drawn * (own / observed.var())**.5
+    if not (total := by_conversation + own / S): return mean + moved
+    freedom = total**2 / (
+        by_conversation**2 / (units - 1) + (spread / S)**2 / max(S - 1, 1))
+    return mean + moved * (freedom / rng.chisquare(freedom, R))**.5
+
+# %% ../../nbs/601_statistics.ipynb #5000cb6b
 @dataclass(frozen=True)
 class Difference:
-    "How much better one system is than another on the same conversations."
-    difference: float   # score of the first minus score of the second
-    low: float
+    "How much better one system is than another on the same conversations, seed by seed."
+    difference: float        # score of the first minus score of the second, mean over seeds
+    low: float               # over conversations and seeds: what decides
     high: float
-    p_value: float      # two-sided, of no difference
+    p_value: float           # two-sided, of no difference
     level: float
     resamples: int
+    seeds: int
+    conversations: Interval  # over conversations alone, with these seeds
 
-# %% ../../nbs/601_statistics.ipynb #fb329725
-def paired_bootstrap(
-    first: np.ndarray,        # (B, C, C), or (S, B, C, C) of S seeds
-    second: np.ndarray,  # the same conversations in the same order; its number of seeds may differ
-    metric=weighted_f1,       # (..., C, C) -> (...)
-    resamples: int = 10_000,
-    level: float = .95,
-    seed: int = 0,
-) -> Difference:
-    """Compare two systems over resampled conversations; `DataError` where they were not scored
-    on the same utterances."""
+    @property
+    def detectable(self) -> float:
+        "The smallest true difference that four such test sets in five would tell from none."
+        return (self.high - self.low) / 2 * (1 + ndtri(.8) / ndtri((1 + self.level) / 2))
+
+# %% ../../nbs/601_statistics.ipynb #6487328a
+def _draws(first, second, metric, resamples, seed):
+    "Observed difference per seed (S,), draws of its mean (R,), and those over conversations alone."
     # (S, B, C, C)
     first, second = (np.asarray(c).reshape(-1, *np.shape(c)[-3:]) for c in (first, second))
+    if len(first) != len(second):
+        raise DataError(
+            f"one system has {len(first)} seeds and the other {len(second)}",
+            "Compare the seeds that both have.")
     truth = [run.sum(-1) for system in (first, second) for run in system]  # (B, C) each
     if not all(np.array_equal(run, truth[0]) for run in truth):
         raise DataError("the two systems were not scored on the same conversations and labels",
                         "Compare predictions on one split, with conversations in one order.")
-    # (R,)
-    gaps = resampled_scores(first, metric, resamples, seed) - resampled_scores(
-        second, metric, resamples, seed)
-    low, high = np.quantile(gaps, [(1 - level) / 2, (1 + level) / 2])
-    beyond = min((gaps <= 0).sum(), (gaps >= 0).sum())
+    (S, B), observed = first.shape[:2], metric(first.sum(1)) - metric(second.sum(1))
+    both = _by_seed(np.concatenate([first, second]), metric, resamples, seed)        # (R, 2S)
+    gaps = both[:, :S] - both[:, S:]                                                 # (R, S)
+    return observed, two_level(gaps, observed, B, seed), gaps.mean(1)
+
+# %% ../../nbs/601_statistics.ipynb #fbf1396f
+def paired_difference(
+    # (S, B, C, C) of S seeds, or (B, C, C) of one; or a list of such, one per test set
+    first: np.ndarray|list[np.ndarray],
+    second: np.ndarray|list[np.ndarray],  # the same seeds and conversations in the same order
+    metric=weighted_f1,       # (..., C, C) -> (...)
+    resamples: int = 10_000,
+    level: float = .95,
+    seed: int = 0,            # of the draws
+) -> Difference:
+    """Compare two systems over conversations and seeds, mean over test sets; `DataError` where
+    they were not scored on the same utterances, or have not the same number of seeds."""
+    sets = [*zip(first, second)] if isinstance(first, list) else [(first, second)]
+    parts = [_draws(*of, metric, resamples, seed + k) for k, of in enumerate(sets)]
+    drawn, alone = (np.mean([p[k] for p in parts], 0) for k in (1, 2))               # (R,)
+    mean, ends = float(np.mean([p[0].mean() for p in parts])), [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(drawn, ends)
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return Difference(
-        float(metric(first.sum(1)).mean() - metric(second.sum(1)).mean()), float(low), float(high),
-        float(min(1, 2 * (beyond + 1) / (resamples + 1))), level, resamples)
+        mean, float(low), float(high), float(min(1, 2 * (beyond + 1) / (resamples + 1))), level,
+        resamples, min(len(p[0]) for p in parts),
+        Interval(mean, *np.quantile(alone, ends).tolist(), level, resamples))
+
+# %% ../../nbs/601_statistics.ipynb #a4d14e80
+def power(
+    difference: np.ndarray,   # (...): true differences
+    half_width: float,        # of the interval
+    level: float = .95,
+) -> np.ndarray:              # (...): probability that the interval leaves out zero
+    "How often a test set like this one would tell such a difference from none."
+    z = ndtri((1 + level) / 2)
+    at = z * np.asarray(difference) / half_width
+    return ndtr(at - z) + ndtr(-at - z)
+
+# %% ../../nbs/601_statistics.ipynb #00d713bd
+def holm(
+    p_values: list[float],    # of all comparisons of one table
+) -> np.ndarray:              # (n,): corrected, in the same order
+    "Holm's step-down correction (1979): the family's error stays below the level."
+    p = np.asarray(p_values, np.float64)
+    order, out = np.argsort(p), np.empty_like(p)
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return out

@@ -8,7 +8,7 @@ __all__ = ['MISTER_E', 'OWN', 'THREE', 'CLAIMS', 'GATE_CLAIMS', 'gate_difference
 # %% ../../nbs/836_claims.ipynb #042e35b0
 import numpy as np
 import pandas as pd
-from ..evaluation import Interval
+from ..evaluation import Interval, two_level
 from .ledger import Ledger
 from .papers import points
 from .tables import Claim, Result, Side, results, verdict
@@ -104,21 +104,18 @@ def gate_difference(
     more: str, less: str,          # experts
     resamples: int = 10_000,
 ) -> Interval:                     # of the weight of `more` less that of `less`
-    "The gate's preference, mean over test utterances and seeds: bootstrap over conversations."
-    # (M,)
-    gaps = np.mean(
-        [
-            [row[e.index(more)] - row[e.index(less)] for row in r["gate"]]
-            for r in result.records
-            for e in [[*r["experts"]]]],
-        axis=0)
+    "The gate's preference, mean over test utterances: bootstrap over conversations and seeds."
+    gaps = np.array([
+        [row[e.index(more)] - row[e.index(less)] for row in r["gate"]]
+        for r in result.records
+        for e in [[*r["experts"]]]])    # (S, M)
     lengths = [*map(len, result.ledger.truth_for(result.records[0])["test"].values())]
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    total = np.bincount(owner, gaps)  # (B,)
+    total = np.stack([np.bincount(owner, of) for of in gaps], 1)  # (B, S)
     # (R, B)
     draws = np.random.default_rng(0).integers(len(lengths), size=(resamples, len(lengths)))
-    means = total[draws].sum(1) / np.array(lengths)[draws].sum(1)
-    low, high = np.quantile(means, [.025, .975])
+    means = total[draws].sum(1) / np.array(lengths)[draws].sum(1)[:, None]  # (R, S)
+    low, high = np.quantile(two_level(means, gaps.mean(1), len(lengths)), [.025, .975])
     return Interval(float(gaps.mean()), float(low), float(high), .95, resamples)
 
 # %% ../../nbs/836_claims.ipynb #0afd6a0f

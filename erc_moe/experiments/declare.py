@@ -27,7 +27,8 @@ _OWN = {
     m: {c: f"features/{c}-{m}" for c in ("iemocap", "meld", "mosi", "emorynlp")}
     for m in ("salmonn", "wav2vec", "opensmile", "salmonn-13b", "qwen2-audio")}
 FEATURES: dict[str, dict[str, dict[str, str]]] = {  # name -> corpus -> modality -> source
-    "frozen": _set("minilm", ("iemocap", "meld", "mosi", "emorynlp", "sample")),
+    "frozen": _set("minilm", ("iemocap", "meld", "mosi", "emorynlp", "sample"))
+    | {f"iemocap@session-{k}": _set("minilm", ("iemocap",))["iemocap"] for k in range(1, 6)},
     "tuned": _set("features/{corpus}-tuned", ("meld",))
     | _set("features/{corpus}-tuned+minilm", ("iemocap",)),
     "crossfit": _set("features/{corpus}-crossfit", ("meld",))
@@ -110,7 +111,8 @@ class Experiment:
     corpora: tuple[str, ...]
     rows: tuple[Row, ...]
     reference: str = ""             # the row that the others are compared with
-    seeds: int = 3
+    seeds: int = 5
+    choice: bool = False            # made on validation: its table shows no test score
 
     def __post_init__(self):
         names = [r.name for r in self.rows]

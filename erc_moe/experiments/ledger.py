@@ -130,10 +130,13 @@ class Ledger:
             path, "Delete it, and the next erc_moe reproduce on this corpus writes it again.",
             ("labels", "split_hash", "test"))
 
-    def set_truth(self, corpus: Corpus):
+    def set_truth(self,
+        corpus: Corpus,
+        name: str = "",    # as cells call it: "iemocap@session-3"; "": the corpus' own
+    ):
         "Keep the corpus' test labels."
         text = json.dumps(truth_of(corpus), ensure_ascii=False, indent=1) + "\n"
-        path = self.folder/"corpora"/f"{corpus.name}.json"
+        path = self.folder/"corpora"/f"{name or corpus.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             atomic_write(path, text.encode())

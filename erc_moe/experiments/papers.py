@@ -6,6 +6,7 @@
 __all__ = ['BASELINES', 'points']
 
 # %% ../../nbs/833_declared.ipynb #4e8d306d
+from dataclasses import replace
 from .declare import Experiment, Row, declare
 
 # %% ../../nbs/833_declared.ipynb #d7d0759b
@@ -31,7 +32,6 @@ declare(Experiment(
     "MiSTER-E beside other systems",
     "MiSTER-E, Table 2",
     ("iemocap", "meld", "mosi"),
-    seeds=5,
     reference="MiSTER-E",
     rows=(
         *_cited(
@@ -161,7 +161,6 @@ declare(Experiment(
     "SURE beside other systems",
     "SURE, Table 2",
     ("iemocap", "meld"),
-    seeds=5,
     reference="SURE, text + audio",
     rows=(
         *_cited(
@@ -222,6 +221,7 @@ declare(Experiment(
     "Which features of stage 1?",
     "our own",
     ("iemocap", "meld"),
+    choice=True,
     rows=tuple(
         Row(f"{name}, {features}", model, features, detail=model == "mister_e")
         for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure"))
@@ -232,16 +232,30 @@ declare(Experiment(
     "our own",
     ("iemocap", "meld", "mosi"),
     seeds=1,
+    choice=True,
     rows=tuple(
         Row(f"{row.name}, {lr:g}", row.model, "frozen", changes=dict(lr=lr))
         for row in BASELINES
         for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))))
 declare(Experiment(
     "choices/learning_rate_finals",
-    "Which of the best two rates, with three seeds?",
+    "Which of the best two rates, with five seeds?",
     "our own",
     ("iemocap",),
+    choice=True,
     rows=tuple(
         Row(f"{row.name}, {lr:g}", row.model, "frozen", changes=dict(lr=lr))
         for row, pair in zip(BASELINES, ((2e-3, 1.6e-2), (4e-3, 8e-3), (2e-3, 1.6e-2)))
         for lr in pair)))
+
+# %% ../../nbs/833_declared.ipynb #d4453a4a
+def _frozen(*rows):
+    return tuple(replace(row, features="frozen") for row in rows)
+_MODELS = (Row("SURE", "sure"), Row("MiSTER-E"))
+declare(Experiment(
+    "choices/sessions",
+    "Does the order of systems hold on other sessions?",
+    "our own",
+    (*(f"iemocap@session-{k}" for k in range(1, 5)), "iemocap"),
+    reference="MiSTER-E",
+    rows=_frozen(*BASELINES, *_MODELS)))

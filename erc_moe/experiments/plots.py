@@ -117,8 +117,8 @@ def plot_differences(
     preset: str = "cpu",
     width: float = 8,                        # inches
 ) -> dict[str, Axes]:                        # corpus -> panel
-    """Weighted F1 of every row less the reference's: strict, paired bootstrap over
-    conversations, beside the paper's difference."""
+    """Weighted F1 of every row less the reference's: strict, over conversations
+    and seeds, beside the paper's difference."""
     e = find_experiment(experiment)
     corpora, reference, found = (
         corpora or e.corpora, reference or e.reference, results(e, ledger, preset))

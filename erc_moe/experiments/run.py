@@ -229,7 +229,7 @@ def _plan(wanted, ledger, data, cache, stores):
             error = e
             out.setdefault(f"on {cell.corpus}: {e}", []).append(cell)
             continue
-        ledger.set_truth(there[0])
+        ledger.set_truth(there[0], cell.corpus)
         key, record = _key(cell, *there)[2]["key"], ledger.find(cell, detail)
         if record and record["key"] == key: continue
         if (twin := ledger.twin(cell, key, detail)): ledger.add(twin | dict(cell=asdict(cell)))
