@@ -30,8 +30,8 @@ def spelled(
 
 # %% ../../nbs/804_load_corpus.ipynb #fb644b01
 def load_corpus(
-    # one of `CORPORA`, with options behind an @ ("iemocap@session-3"); or the path of your own .csv,
-    # .tsv, .jsonl or .json
+    # one of `CORPORA`, with options behind an @ ("iemocap@session-3"); or the path of your own
+    # .csv, .tsv, .jsonl or .json
     name: str|Path,
     # the folder that holds meld/, iemocap/ ..., or the corpus' own folder; None: $ERC_MOE_DATA
     data: str|Path|None = None,
