@@ -151,7 +151,7 @@ def test_seeds_that_differ_widen_the_interval_and_equal_ones_do_not():
 
 @pytest.mark.parametrize("spread", [0, .05])
 def test_the_two_level_interval_holds_a_known_difference(spread):
-    """Coverage on few test sets; tools/interval_coverage.py counts it on many (results/interval-coverage.json)."""
+    """Coverage on few test sets; tools/interval_coverage.py counts it on many."""
     sys.path.insert(0, str(ROOT / "tools"))
     import interval_coverage
     size, rng = (31, 22), np.random.default_rng(0)

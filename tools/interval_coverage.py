@@ -98,8 +98,9 @@ def main():
     write_json(
         args.out,
         dict(
-            worlds=worlds, splits=args.splits, command=f"python tools/interval_coverage.py --splits "
-            f"{args.splits}", **provenance("cpu")))
+            worlds=worlds, splits=args.splits,
+            command=f"python tools/interval_coverage.py --splits {args.splits}",
+            **provenance("cpu")))
 
 
 if __name__ == "__main__": main()

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 from ..conversations import DataError
-from ..evaluation import Difference, Interval, holm, over_seeds, paired_difference, weighted_f1
+from ..evaluation import (
+    Difference, Interval, holm, over_seeds, paired_difference, weighted_f1)
 from .declare import Experiment, Row, find_experiment, find_experiments, lacking
 from .ledger import Ledger
 from .run import reproduce
