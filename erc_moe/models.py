@@ -17,7 +17,8 @@ from .checkpoints import check_finite
 from .conversations import DataError
 from .mister_e import FeatureMixture, MisterE, Monolithic
 from .sure import Sure
-from .systems import Hcam
+from .systems import (
+    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, Mmgcn)
 
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
@@ -195,6 +196,20 @@ for _model in (ContextFree, BcLstm, DialogueRnn, Sdt, LateFusion):
 # %% ../nbs/814_models.ipynb #e1a6163b
 for _model, _paper in (
     (Hcam, {"meld": dict(batch_size=32)}),
+    (Mmgcn, {
+        "": dict(epochs=20, batch_size=16, lr=3e-4, weight_decay=3e-5),
+        "iemocap": dict(class_weights="inverse_frequency"),
+        "meld": dict(epochs=60, lr=1e-3, weight_decay=0.)}),
+    (MmDfn, {
+        "": dict(epochs=30, batch_size=32, lr=3e-4, weight_decay=1e-4),
+        "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(lr=5e-4)}),
+    (CfnEsa, {
+        "": dict(epochs=80, batch_size=32, lr=2e-5, weight_decay=1e-5),
+        "meld": dict(epochs=60, batch_size=64, lr=1e-5)}),
+    (Cogmen, {"": dict(epochs=55, batch_size=32, lr=1e-4, weight_decay=1e-8)}),
+    (Joyful, {"": dict(epochs=50, batch_size=32, lr=3e-5, weight_decay=1e-8)}),
+    (DfErc, {"meld": dict(batch_size=32)}),
+    (BroadMamba, {"meld": dict(batch_size=32)}),
 ): _known(_model, {"paper": _paper, "cpu": MODELS["sdt"].training["cpu"]})
 
 # %% ../nbs/814_models.ipynb #aef962e6
