@@ -22,6 +22,7 @@ from transformers import (
 from erc_moe.conversations import Conversation, DataError, Utterance
 from erc_moe.corpora import Corpus
 from erc_moe.encoders.frozen import FrozenStates, frozen_depth, quiet_below
+from erc_moe.encoders.reading import Signs, block_mask, passages, window
 from erc_moe.encoders.salmonn import Salmonn, SalmonnConfig
 from erc_moe.encoders.speech import EmotionSpeechEncoder, SalmonnParts, SpeechEncoderConfig
 from erc_moe.encoders.text import EmotionTextEncoder, TextEncoderConfig
@@ -168,12 +169,16 @@ def test_context_is_cut_from_its_oldest_end_and_the_utterance_never_for_it(
     bare = lambda ids: [i for i in ids if i > 2]                              # without the signs
     tokens = encoder.tokenizer
     for i in range(len(texts)):
-        ids, start = data.tokens[i], data.starts[i]
-        assert 1 <= len(ids) <= max_tokens and bare(ids[start:]) == bare(alone.tokens[i])
+        ids, (start, end) = data.tokens[i], data.spans[i]
+        assert 1 <= len(ids) <= max_tokens and end == len(ids)
+        assert bare(ids[start:]) == bare(alone.tokens[i])
         if not start: assert ids == alone.tokens[i]
         else:
-            before = " ".join(texts[max(0, i - context):i]) + ("\n" if name == "gpt2" else "")
-            full = bare(tokens(before, add_special_tokens=False)["input_ids"])
+            turn = lambda t: tokens(t, add_special_tokens=False)["input_ids"]
+            between = turn("\n") if name == "gpt2" else []
+            full = [
+                t for text in texts[max(0, i - context):i] if text.strip()
+                for t in (*turn(text), *between)]
             assert context and bare(ids[:start]) == full[len(full) - len(bare(ids[:start])):]
             assert len(ids) == max_tokens or bare(ids[:start]) == full
     assert tokens.truncation_side == "right"
@@ -236,6 +241,9 @@ def test_another_transformer_in_the_same_folder_is_refused(hub, tmp_path):
     [
         (dict(max_tokens=7), "8 or more"),
         (dict(context=-1), "0 or more"),
+        (dict(context_after=-1), "later utterances, 0 or more"),
+        (dict(context_after=1), "reads from left to right.*context_after=0"),
+        (dict(reading="conversation"), "--set context=2"),
         (dict(pooling="max"), "attentive, mean, first, last"),
         (dict(targets=["no_such_matrix"]), "Its linear layers are called"),
         (dict(four_bit=True), "bitsandbytes"),
@@ -382,6 +390,134 @@ def test_what_cannot_be_kept(hub, tmp_path, monkeypatch, name, changes, problem)
     monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=problem):
         text_encoder(hub, name, **changes).dataset([talk(TEXTS)], LABELS)
+
+
+# With the turns around it
+
+DECODERS, BOTH_WAYS = ("llama", "gpt2", "qwen2", "gemma"), ("bert", "roberta", "mpnet", "t5")
+READINGS = ("windows", "conversation")
+TURNS = ["we won", "no idea what", "have", "", "we have won no", "idea", "oh no", "won"]
+
+
+def embedded(encoder, *conversations):
+    return encoder.embed(encoder.dataset(list(conversations), LABELS))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("speakers", [False, True])
+def test_for_a_decoder_one_pass_says_what_windows_say(hub, name, speakers):
+    windows, one = (
+        text_encoder(hub, name, context=99, reading=reading, speakers=speakers)
+        for reading in READINGS)
+    there = [i for i, t in enumerate(TURNS) if t]
+    talked = talk([TURNS[i] for i in there])
+    np.testing.assert_allclose(
+        embedded(windows, talked)[1:], embedded(one, talked)[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", TEXT)
+def test_the_past_does_not_know_the_future(hub, name, reading):
+    encoder = text_encoder(hub, name, context=2, reading=reading, max_tokens=120)
+    first = embedded(encoder, talk(TURNS))
+    for j in range(1, len(TURNS)):
+        other = embedded(encoder, talk([*TURNS[:j], "what else", *TURNS[j + 1:]]))
+        np.testing.assert_allclose(first[:j], other[:j], atol=1e-5)
+        assert np.abs(first[j] - other[j]).max() > 1e-3
+        if j + 1 < len(TURNS) and TURNS[j + 1]:
+            assert np.abs(first[j + 1] - other[j + 1]).max() > 1e-5, "the turn before is read"
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_with_turns_after_it_the_future_is_read(hub, name, reading):
+    encoder = text_encoder(hub, name, context_after=1, reading=reading)
+    first, other = (embedded(encoder, talk([*TURNS[:6], t])) for t in ("oh no", "we won"))
+    assert np.abs(first[5] - other[5]).max() > 1e-5
+    if reading == "windows": np.testing.assert_allclose(first[:5], other[:5], atol=1e-5)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", ["bert", "mpnet", "llama", "gpt2"])
+def test_a_conversation_is_read_as_if_it_were_alone(hub, name, reading):
+    encoder = text_encoder(hub, name, context=2, reading=reading, max_tokens=40, speakers=True)
+    talks = [talk(TURNS, "a"), talk(["oh"], "b"), talk(TURNS[2:] * 3, "c"), talk(["", " "], "d")]
+    together = np.split(embedded(encoder, *talks), np.cumsum([len(t) for t in talks])[:-1])
+    for t, rows in zip(talks, together):
+        np.testing.assert_allclose(embedded(encoder, t), rows, atol=1e-5)
+        renamed = replace(t, utterances=[
+            replace(u, speaker={"A": "Zoe", "B": "Al"}[u.speaker]) for u in t.utterances])
+        np.testing.assert_array_equal(embedded(encoder, renamed), embedded(encoder, t))
+    one = replace(talks[0], utterances=[replace(u, speaker="A") for u in talks[0].utterances])
+    assert np.abs(embedded(encoder, one) - together[0]).max() > 1e-3, "who speaks is read"
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "llama", "gpt2"])
+def test_one_pass_trains_what_is_opened_and_on_kept_states(hub, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path))
+    options = dict(context=2, reading="conversation", max_tokens=60)
+    encoder = text_encoder(hub, name, **options)
+    data = encoder.dataset([talk(TURNS)], LABELS)
+    moved = moved_by_two_steps(encoder, data)
+    assert moved <= opened(encoder) and any("lora_B" in n for n in moved)
+    batch = data.batch(data.learnable)
+    assert sorted(batch.utterance_ids) == [f"talk{i}" for i in range(len(TURNS))]
+    assert batch.labels[batch.utterance_ids.index("talk3")] == -1, "nothing was said"
+    # one passage a batch in both: padded alike
+    plain, embedded_plain = trained(hub, name, TURNS[:3], "none", "full", **options)
+    same, embedded_same = trained(hub, name, TURNS[:3], "float32", "full", **options)
+    for n in plain: assert torch.equal(plain[n], same[n]), n
+    assert np.array_equal(embedded_plain, embedded_same)
+
+
+turn_lists = st.lists(st.lists(st.integers(3, 9), max_size=9), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(turn_lists, st.integers(0, 4), st.integers(0, 2), st.integers(6, 50))
+def test_every_turn_is_the_target_of_one_passage(turns, before, after, limit):
+    signs = Signs([0], [1], [2])
+    made = passages(turns, before, after, signs, limit)
+    assert [j for p in made for j in p.spans] == [*range(len(turns))]
+    for p in made:
+        assert len(p.ids) == len(p.turn) <= limit
+        for j, (start, end) in p.spans.items():
+            assert p.ids[start:end] == (turns[j][:limit - 3] or [1])
+        there = sorted({*p.turn} - {-1})
+        assert there == [*range(there[0], there[-1] + 1)]
+        around = lambda j: {*range(max(0, j - before), min(len(turns), j + after + 1))}
+        assert {*there} <= set.union(*map(around, p.spans))
+        # only a first target may lose context for want of room
+        for j in [*p.spans][1:]: assert around(j) <= {*there}
+        if before == after == 0: assert {*there} == {*p.spans}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(-2, 4), min_size=1, max_size=8).map(sorted), st.integers(0, 3),
+    st.integers(0, 2), st.booleans())
+def test_the_mask_is_what_it_says(turn, before, after, causal):
+    seen = block_mask(torch.tensor([turn]), before, after, causal)[0]
+    for i, q in enumerate(turn):
+        for j, k in enumerate(turn):
+            reached = k == -1 and q >= -1 or q >= 0 <= k and q - before <= k <= q + after
+            assert bool(seen[i, j]) == (i == j or reached and not (causal and j > i))
+
+
+@settings(max_examples=60, deadline=None)
+@given(turn_lists, st.integers(0, 4), st.integers(0, 2), st.integers(6, 50))
+def test_a_window_keeps_its_own_and_drops_the_farthest(turns, before, after, limit):
+    signs = Signs([0], [1], [2])
+    for i, own in enumerate(turns):
+        ids, start, end = window(turns, i, before, after, signs, limit)
+        assert len(ids) <= limit and ids[0] == 0 and ids[-1] == 2
+        mine = ids[start or 1:end if end < len(ids) else -1]
+        assert mine == own[:limit - 2]
+        past = [t for turn in turns[max(0, i - before):i] if turn for t in (*turn, 1)]
+        future = [t for turn in turns[i + 1:i + 1 + after] if turn for t in (1, *turn)]
+        left, right = ids[1:start or 1], ids[end:-1]
+        assert past[len(past) - len(left):] == left and future[:len(right)] == right
+        assert len(ids) == limit or (left, right) == (past, future)
 
 
 # Speech

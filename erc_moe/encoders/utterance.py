@@ -403,6 +403,7 @@ class UtteranceData:
         self.truth = np.array(
             [i for c in conversations for i in label_indices(c, labels)], np.int64)
         self.lengths = torch.tensor(lengths, dtype=torch.int64)  # (M,)
+        self.readable = self.lengths.numpy() > 0  # (M,): there is something to be heard or read
 
     def __len__(self) -> int: return len(self.utterances)
 
@@ -412,9 +413,7 @@ class UtteranceData:
     @property
     def learnable(self) -> Tensor:
         "int64 (L,): the labelled utterances that have something to be heard or read."
-        return torch.tensor(
-            [i for i, (y, n) in enumerate(zip(self.truth, self.lengths)) if y >= 0 and n > 0],
-            dtype=torch.int64)
+        return torch.from_numpy(np.flatnonzero((self.truth >= 0) & self.readable))
 
     def batch(self, index: Tensor) -> UtteranceBatch:
         "The utterances `index` (int64 (B,)), padded to the longest."

@@ -291,7 +291,7 @@ def embed(
             rows, there = (
                 np.mean(
                     [turn(e.embed(data, progress)) for e, turn in zip(encoders, turns)], axis=0),
-                data.lengths.numpy() > 0)
+                data.readable)
             ids = np.array([u.id for u in data.utterances])
             store.add(
                 ids[there].tolist(),
