@@ -51,8 +51,8 @@ TAUGHT = dict(context_free=lambda seen, known, config: seen & known, late_fusion
               cogmen=before_a_label, joyful=before_a_label, broad_mamba=own_context)
 # of these some more get one: those that a chain of edges joins to a label
 AT_LEAST = dict(mmgcn=own_context, mm_dfn=own_context, cfn_esa=own_context)
-# (B, N) each: which observed features get a gradient; in a model with context and a joint loss
-# all
+# their experts are told, and no gate weighs them
+NO_GATE = {"sdt", "late_fusion", "hcam", "df_erc", "broad_mamba"}
 # models that other tests register are theirs
 MODELS = {n: e for n, e in REGISTERED.items() if e.model.__module__.startswith("erc_moe.")}
 CASES = [(name, changes) for name in MODELS for changes in ({}, *VARIANTS.get(name, []))]
