@@ -18,7 +18,7 @@ def check_finite(
     state: dict[str, Tensor],   # name -> weights
     where,                      # they were read from
 ):
-    "A `DataError` where a weight is NaN or infinite: every prediction would be."
+    "A `DataError` if a weight is NaN or infinite."
     for name, x in state.items():
         if x.is_floating_point() and not x.isfinite().all():
             raise DataError(

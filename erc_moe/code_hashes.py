@@ -97,7 +97,7 @@ def code_hash(
     *modules: str,
     library: bool = True,    # False: of the user's own files alone
 ) -> str:                    # 16 hexadecimal digits
-    "Hash of what `modules` and all that they rest on compute."
+    "Hash of the code of `modules` and all that they import."
     digest, files = hashlib.sha256(), {}
     for module in modules: files |= code_files(module)
     for name, file in sorted(files.items()):

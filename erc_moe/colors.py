@@ -43,5 +43,5 @@ def luminance(
 def ink(
     color: str,   # a hex colour
 ) -> str:         # "#000000" or "#ffffff"
-    "The colour of words on `color`: black or white, whichever reads better."
+    "The colour of text on `color`: black or white, whichever has the higher contrast."
     return "#000000" if luminance(color) > .05*(1.05/.05)**.5 - .05 else "#ffffff"

@@ -23,7 +23,7 @@ MODALITIES = ("text", "speech", "visual")
 # %% ../nbs/800_conversations.ipynb #9ec52bc6
 @dataclass(frozen=True)
 class Clip:
-    "A stretch of a recording: what one utterance sounds like."
+    "A part of a recording: the sound of one utterance."
     path: Path                  # a sound or video file
     start: float = 0.0          # seconds from its beginning
     end: float|None = None      # seconds; None: to its end

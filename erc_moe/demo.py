@@ -57,7 +57,7 @@ def answer(
     chat: str, recording: str|None, transcript: str|None, listen: str|None,   # of `read_request`
     folder: Path,                            # for what is written
 ) -> tuple[Markup, str|None, str|None]:      # HTML, path of the table, path of the page
-    "What the page shows, and what can be taken along."
+    "The time line that the page shows, and the files to download."
     folder = Path(tempfile.mkdtemp(dir=folder))
     try: said = predict([read_request(chat, recording, transcript, folder, listen)])
     except DataError as e:

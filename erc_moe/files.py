@@ -137,7 +137,7 @@ def locked(
     patience: float = -1,       # seconds to wait for another process; -1: as long as it takes
     tell: Callable[[str], None] = _say,   # a function of one line
 ) -> Iterator[None]:
-    "Hold a lock; where another process holds it, tell who and since when, and wait."
+    "Hold a lock; if another process holds it, report which and since when, and wait."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(path), path.with_name(f"{path.name}.json")

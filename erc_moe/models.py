@@ -23,7 +23,7 @@ from .systems import (
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
 class ModelEntry:
-    "What the rest of the library knows about a model."
+    "The registry's entry of a model."
     name: str                # as commands call it
     # `model(config)`, `forward`, `loss`, `save_pretrained`, `from_pretrained`
     model: type[nn.Module]
@@ -67,7 +67,7 @@ MODELS: dict[str, ModelEntry] = {}
 
 # %% ../nbs/814_models.ipynb #9fa792de
 def register(entry: ModelEntry) -> ModelEntry:
-    "Make a model known by its name."
+    "Register a model under its name."
     MODELS[entry.name] = entry
     return entry
 

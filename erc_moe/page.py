@@ -147,7 +147,7 @@ def conversation_view(
     source: str|None = None,         # where the sound is: a data URL or a relative address
     told: str = "",                  # a sentence above the time line
 ) -> dict:                           # what the template shows
-    "Everything that the page shows of a conversation, measured and named."
+    "The data of a conversation for the page."
     conv, labels, experts = said.conversations[0], said.labels, list(said.experts)
     (spans, width, timed), gated = turn_spans(conv, sound), said.gate is not None
     speakers = len({u.speaker for u in conv.utterances})

@@ -20,7 +20,7 @@ from .recordings.sound import SHORTEST, read_sound, sound_length
 # %% ../nbs/609_page_sound.ipynb #4d69a740
 @dataclass
 class Sound:
-    "What a page plays for one conversation."
+    "The sound of one conversation for a page."
     rate: int                                        # samples per second
     pieces: Callable[[], Iterable[np.ndarray]]       # makes float32 (T,) pieces in their order
     spans: list[tuple[float, float]|None]            # N: from and to, in seconds; None: no sound

@@ -66,12 +66,12 @@ def plot_class_f1(
             0.92 * width, color=color, label=system)
         if len(scores) == 1:
             ax.bar_label(
-                bars, fmt="%.2f", fontsize=8, padding=2, bbox=dict(fc="white", ec="none", pad=0.5))
+                bars, fmt="%.2f", fontsize=9, padding=2, bbox=dict(fc="white", ec="none", pad=0.5))
     if weighted is not None:
         ax.axhline(weighted, color="#333333", ls=":", lw=1)
         ax.annotate(
             f"weighted {weighted:.2f}", (1, weighted), (3, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", va="center", fontsize=8)
+            textcoords="offset points", va="center", fontsize=9)
     if len(scores) > 1:
         ax.legend(frameon=False, ncols=len(scores), loc="lower center", bbox_to_anchor=(.5, 1))
     ax.set(ylabel="F1", ylim=(0, 1), xticks=range(len(classes)), xticklabels=classes)
@@ -165,7 +165,7 @@ def plot_conversation(
             if emotion is not None and (name == "truth" or emotion != true):
                 ax.text(
                     x, y + 0.5, emotion[:3], ha="center", va="center", color=ink(color),
-                    fontsize=7, rotation=90 if N > 30 else 0)
+                    fontsize=9, rotation=90 if N > 30 else 0)
     ticks, labels = [y + .5 for y in range(len(rows))], list(rows)
     if gate is not None:
         base = np.zeros(N)
@@ -174,7 +174,7 @@ def plot_conversation(
             base += 1.4 * weights
         ticks, labels = [*ticks, bottom - .7], [*labels, "gate"]
     present = [c for c in classes if any(c in emotions for emotions in rows.values())]
-    legend = dict(frameon=False, fontsize=8, labelspacing=.3, handlelength=1.2)
+    legend = dict(frameon=False, fontsize=9, labelspacing=.3, handlelength=1.2)
     emotions = [Patch(color=emotion_color(c), label=c) for c in present]
     ax.add_artist(ax.legend(handles=emotions, loc="upper left", bbox_to_anchor=(1, 1), **legend))
     if gate is not None:
@@ -184,7 +184,7 @@ def plot_conversation(
         xlim=(-0.6, N - 0.4), ylim=(bottom + 0.1, -0.1), yticks=ticks, yticklabels=labels,
         xticks=range(N), title=conversation.id)
     ax.set_xticklabels([u.speaker for u in conversation.utterances],
-                       rotation=90 if N > 8 else 0, fontsize=8)
+                       rotation=90 if N > 8 else 0, fontsize=9)
     ax.spines[:].set_visible(False); ax.tick_params(length=0)
     return ax
 

@@ -145,7 +145,7 @@ class Predictor:
         # a clip that cannot be used: "error", or "absent"; None: as in the training
         missing: str|None = None,
     ) -> Predictions:
-        "What the model says about every utterance. `DataError` for what cannot be predicted."
+        "The predictions for every utterance. `DataError` for invalid input."
         if seed is not None and seed not in self.models:
             raise DataError(
                 f"there is no seed {seed}", f"There are {', '.join(map(str, self.models))}.")

@@ -62,7 +62,7 @@ def picture(
     ax,            # matplotlib axes
     alt: str,      # what it shows, in words
 ) -> dict:
-    "A figure as the template shows it."
+    "A figure for the template."
     buffer = io.BytesIO()
     ax.figure.savefig(buffer, format="png", dpi=SAVED_DPI, bbox_inches="tight")
     plt.close(ax.figure)
@@ -106,7 +106,7 @@ def curve_part(
 def emotion_part(
     run: Run,
 ) -> list[dict]:      # pictures
-    "What is taken for what, and the F1 of each emotion."
+    "The confusion matrix, and the F1 of each emotion."
     test = run.summary["test"]
     means = lambda figures: {l: x["mean"] for l, x in figures["per_class_f1"].items()}
     systems = {e: means(f) for e, f in test.get("experts", {}).items()} | {"mixture": means(test)}
@@ -120,7 +120,7 @@ def emotion_part(
 def trust_part(
     run: Run,
 ) -> list[dict]:      # pictures
-    "The gate's weights, where there is a gate, and whether confidence is deserved."
+    "The gate's weights, if there is a gate, and the calibration."
     tables = pd.concat([run.predictions(s) for s in run.seeds])
     p = tables[[f"p_{l}" for l in run.labels]].values                                       # (M, C)
     index = {l: i for i, l in enumerate(run.labels)}
@@ -135,7 +135,7 @@ def trust_part(
 def origin_part(
     run: Run,
 ) -> list[tuple[str, str]]:
-    "What is needed to make the numbers again."
+    "The settings needed to repeat the run."
     s, listed = run.summary, lambda pairs: ", ".join(f"{k}={v}" for k, v in pairs.items())
     sources, widths = s["features"]["sources"], s["features"]["widths"]
     return [

@@ -18,7 +18,7 @@ from ..ragged import Layout
 # %% ../../nbs/401_bc_lstm.ipynb #00407edb
 @dataclass
 class BcLstmConfig(ModelConfig):
-    "Everything that defines a bc-LSTM: modalities, sizes, dropout, class weights."
+    "Configuration of bc-LSTM: modalities, sizes, dropout, class weights."
     hidden: int = 300                         # H, of each direction of every LSTM
     dense: int = 100                          # of the layer before the classifier
     input_dropout: float = 0.                 # on the features

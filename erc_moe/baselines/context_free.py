@@ -17,7 +17,7 @@ from ..ragged import Layout
 # %% ../../nbs/400_context_free.ipynb #77224108
 @dataclass
 class ContextFreeConfig(ModelConfig):
-    "Everything that defines a context-free model: modalities, sizes, dropout, class weights."
+    "Configuration of a context-free model: modalities, sizes, dropout, class weights."
     hidden: int = 1024                        # H, of the hidden layer
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.5                      # on the hidden layer

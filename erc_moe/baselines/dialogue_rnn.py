@@ -18,7 +18,7 @@ from ..ragged import Layout
 # %% ../../nbs/402_dialogue_rnn.ipynb #7ee049b8
 @dataclass
 class DialogueRnnConfig(ModelConfig):
-    "Everything that defines a DialogueRNN: modalities, sizes, dropout, class weights."
+    "Configuration of DialogueRNN: modalities, sizes, dropout, class weights."
     global_width: int = 500                   # G
     party_width: int = 500                    # P
     emotion_width: int = 300                  # E, of each direction
@@ -105,7 +105,7 @@ class DialogueRecurrence(nn.Module):
 # %% ../../nbs/402_dialogue_rnn.ipynb #6938698e
 @dataclass(kw_only=True)
 class DialogueRnnOutput(ModelOutput):
-    "What DialogueRNN says of a batch; all is 0 at padding."
+    "Output of DialogueRNN for a batch; 0 at padding."
     # (B, N, P), of a bidirectional one (B, N, 2P): the speaker's state after the utterance
     party: Tensor
 

@@ -19,7 +19,7 @@ from ..ragged import Layout
 # %% ../../nbs/404_late_fusion.ipynb #014f69e5
 @dataclass
 class LateFusionConfig(ModelConfig):
-    "Everything that defines a late fusion: modalities, sizes of the experts, their loss."
+    "Configuration of late fusion: modalities, sizes of the experts, their loss."
     hidden: int = 512                         # of each direction of an expert's BiGRU
     layers: int = 3                           # of the BiGRU
     input_dropout: float = 0.                 # on the features

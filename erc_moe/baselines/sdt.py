@@ -20,7 +20,7 @@ from ..sure.transformer import TransformerGate
 # %% ../../nbs/403_sdt.ipynb #a3478dd1
 @dataclass
 class SdtConfig(ModelConfig):
-    "Everything that defines an SDT: modalities, sizes, weights of the loss."
+    "Configuration of SDT: modalities, sizes, weights of the loss."
     width: int = 1024                         # d, of everything inside
     heads: int = 8
     speakers: int = 2  # of a conversation that are told apart, in order of appearance

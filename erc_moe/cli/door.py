@@ -31,7 +31,7 @@ def path_error(
     error: OSError,
     out: str|None = None,   # where the command writes: named where the system names nothing
 ) -> str:
-    "What the system said of a path, and what to do."
+    "The system's error for a path, with the fix."
     path = error.filename2 or error.filename or (out if error.errno == errno.ENOSPC else None)
     path = path.decode(errors="replace") if isinstance(path, bytes) else path
     why = error.strerror or str(error).partition("\n")[0] or type(error).__name__
@@ -48,7 +48,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/842_command_errors.ipynb #0d6182af
 def from_network(error: BaseException) -> bool:
-    "Whether a library that speaks to the network raised it."
+    "Whether a network library raised it."
     homes = {c.__module__.partition(".")[0] for c in type(error).__mro__}
     return bool(homes & {"requests", "urllib3", "httpx", "httpcore", "huggingface_hub"})
 
@@ -58,7 +58,7 @@ def explain(
     command: Command|None = None,   # None: it ended before its name was known
     out: str|None = None,           # where the command writes
 ) -> tuple[int, str]:               # the exit status; the line, "" where nothing is to be said
-    "What a user is told of an error that ended a command."
+    "The message for an error that ended a command."
     memory = command.memory if command else ""
     first = " ".join((str(error) or type(error).__name__).partition("\n")[0].split())[:300]
     if isinstance(error, KeyboardInterrupt):

@@ -11,19 +11,19 @@ from .core import COMMANDS, DATA, DEVICE, command, option, whole_number
 
 # %% ../../nbs/845_reproduce_command.ipynb #d7d1c6e0
 def show(frame):
-    "A data frame in full, with its index where that says anything."
+    "A data frame in full, with its index if that has names."
     from pandas import RangeIndex
     print(frame.to_string(index=not isinstance(frame.index, RangeIndex)))
 
 # %% ../../nbs/845_reproduce_command.ipynb #9d67be44
 def list_experiments(args, ledger):
-    "What there is, and how much of it is on record."
+    "The experiments, and how much of each is on record."
     import pandas as pd
     from erc_moe import experiments
     def line(e):
         cells = e.cells(args.preset, args.seeds)
         open_ = [c for c, row in cells if not ledger.find(c, row.detail)]
-        wanting = sum(bool(experiments.lacking(c, args.features)) for c in open_)
+        wanting = sum(bool(experiments.missing_stores(c, args.features)) for c in open_)
         return {
             "experiment": e.name, "asks": e.title, "corpora": ", ".join(e.corpora),
             "trainings": len(cells), "on record": len(cells) - len(open_),
@@ -41,7 +41,7 @@ def show_claims(args, ledger):
 
 # %% ../../nbs/845_reproduce_command.ipynb #2b0b696c
 def show_numbers(args, ledger, chosen):
-    "What became of every number of the papers' tables, with the command behind it."
+    "The status of every number of the papers' tables, with its command."
     import pandas as pd
     from erc_moe.experiments import tables
     numbers = pd.concat(

@@ -23,7 +23,7 @@ def clock(
 def plain(
     text: str,
 ) -> str:
-    "One line without control characters, which could steer a terminal."
+    "One line without control characters."
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 # %% ../../nbs/846_terminal_table.ipynb #cc914e9c
@@ -70,7 +70,7 @@ def print_emotions(
     file=None,                 # where to print; None: standard output
     width: int|None = None,    # columns; None: the terminal's, or 100 where there is none
 ):
-    "The predictions as a table, in colour where somebody looks."
+    "The predictions as a table, in colour on a terminal."
     from rich.console import Console
     file = sys.stdout if file is None else file
     seen = getattr(file, "isatty", lambda: False)()

@@ -16,7 +16,7 @@ from .core import (
 def print_notes(
     faults: list[str],   # sentences that a reader collected
 ):
-    "What a user should know of the data, after the result."
+    "The notes on the data, after the result."
     if faults: print("\nNotes on the data:")
     for fault in faults: print(f"- {fault}")
 

@@ -30,7 +30,7 @@ def beside(
 
 # %% ../../nbs/844_using_commands.ipynb #6955eb79
 def given(args):
-    "What a predictor takes, of what was typed: a chat, a path, or a recording."
+    "The typed input as a predictor takes it: a chat, a path, or a recording."
     if args.input == "-": return sys.stdin.buffer.read().decode("utf-8", "replace") + "\n"
     if args.listen is None and args.channel is None: return args.input
     from erc_moe.recordings import load_recording
@@ -127,7 +127,7 @@ def given(args):
     memory="Give it fewer conversations at a time.",
 )
 def predict(args):
-    "Say the emotion of every utterance of a conversation."
+    "Predict the emotion of every utterance of a conversation."
     out = beside(args.input, args.out)
     page = out.with_suffix(".html")
     inputs = [f for f in (args.input, args.transcript) if f and f != "-"]
@@ -152,7 +152,7 @@ def typed(
     summary: dict,    # of a run
     flag: str,        # "--corpus"
 ) -> str|None:        # None: the run's command did not have it
-    "What the command that trained a run said after a flag."
+    "The value of an option of the command that trained a run."
     words = shlex.split(summary["command"])
     pairs = [*zip(words, words[1:]), *(w.split("=", 1) for w in words if "=" in w)]
     return next((value for name, value in reversed(pairs) if name == flag), None)
@@ -228,7 +228,7 @@ def evaluate(args):
     "erc_moe report runs/iemocap",
     RUN, OWN_MODEL)
 def report(args):
-    "Write a page with the pictures of a run."
+    "Write a report page for a run."
     from erc_moe.report import write_report
     from erc_moe.training import Run
     print(f"written to {write_report(Run(args.run, args.model))}")
@@ -257,7 +257,7 @@ def report(args):
         help="Open the page in the browser, or do not. It is opened by default."),
     memory="Give it shorter recordings.")
 def demo(args):
-    "Open a page to try it on: drop a recording, paste a chat."
+    "Open the demo page: drop a recording, paste a chat."
     from erc_moe.demo import launch
     launch(
         args.model, host=args.host, port=args.port, listen=args.listen, open_browser=args.browser)

@@ -40,7 +40,7 @@ def group_rows(
 # %% ../../nbs/801_corpora.ipynb #2212228a
 @dataclass(frozen=True, repr=False)
 class FeatureTable:
-    "Precomputed features that came with a corpus, or that a user has, keyed by utterance id."
+    "Precomputed features, keyed by utterance id."
     name: str              # "prosody8"
     ids: list[str]         # M utterance ids
     values: np.ndarray     # float32 (M, D); NaN: this measure is undefined
@@ -85,7 +85,7 @@ class FeatureTable:
 def read_arrays(
     path: Path,     # .npy or .safetensors
 ) -> dict[str, np.ndarray]:     # name -> array of numbers; the one of a .npy file is named ""
-    "The arrays of a feature file; a `DataError` where it is damaged, or claims more than it holds."
+    "The arrays of a feature file; a `DataError` if it is damaged or shorter than its header says."
     try:
         if path.suffix.lower() == ".npy":
             _check_header(path)
@@ -298,7 +298,7 @@ def plot_balance(
             edgecolor="white")
         ax.bar_label(
             bars, [f"{s:.0%}" if s >= 0.04 else "" for s in share[label]], label_type="center",
-            color="white", fontsize=8)
+            color="white", fontsize=9)
         left += share[label].to_numpy()
     for y, n in enumerate(counts.sum(axis=1)): ax.text(1.01, y, f"{n}", va="center", fontsize=9)
     ax.set(xlim=(0, 1), xticks=[], yticks=range(len(counts)), yticklabels=counts.index)
@@ -306,6 +306,6 @@ def plot_balance(
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.legend(
-        ncols=len(labels), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=8,
+        ncols=len(labels), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=9,
         handlelength=1, columnspacing=1)
     return ax

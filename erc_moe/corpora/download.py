@@ -22,7 +22,7 @@ SOURCE = "https://raw.githubusercontent.com/declare-lab/MELD/master/data"
 # %% ../../nbs/803_download.ipynb #8a96b82d
 @dataclass(frozen=True)
 class RemoteFile:
-    "A file on a server, and what it must be."
+    "A file on a server, with its expected size and hash."
     path: str      # below the server's address; the last part is the file's name here
     size: int      # bytes
     sha256: str    # of the whole file
@@ -124,7 +124,7 @@ def download_corpus(
     folder: str|Path,           # the corpus' folder
     source: str = SOURCE,       # the server's address
 ) -> list[Path]:                # its files
-    "Download the text of a corpus that is in the open; what is there already is kept."
+    "Download the text of an open corpus; complete files are kept."
     if name not in FILES:
         raise DataError(f"the corpus {name!r} is not openly downloadable",
                         f"{' and '.join(FILES)} are. IEMOCAP: sign https://sails.usc.edu/iemocap/; "

@@ -30,7 +30,7 @@ def decode(
     data: bytes,
     name: str,               # the file's name, for errors
 ) -> tuple[str, str]:        # the text without its mark; a sentence where its encoding is a guess
-    "A file's bytes as text; a `DataError` where they are none, or cannot be told."
+    "A file's bytes as text; a `DataError` if they are no text, or the encoding is unclear."
     for start, what in NO_TEXT.items():
         if data.startswith(start):
             raise DataError(
@@ -140,7 +140,7 @@ def tell_damage(
     texts: list[str],
     name: str,                 # the file's name
 ) -> list[tuple[int, str]]:    # (how many, the sentence), as `build_corpus` takes them
-    "How many texts look as if they went through a wrong encoding."
+    "How many texts look as if they were decoded wrongly."
     odd = [text for text in texts if _LOOKS_WRONG.search(text)]
     return [(
         len(odd),

@@ -57,7 +57,7 @@ def name_columns(
 def deal_splits(
     conversations: list[str],   # names of conversations
 ) -> dict[str, str]:            # name -> split
-    "A fixed share-out of conversations: 60 % train, 20 % validation, 20 % test."
+    "A fixed division of conversations: 60 % train, 20 % validation, 20 % test."
     dealt = sorted(set(conversations), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     part = len(dealt) // 5
     return {

@@ -28,8 +28,7 @@ from ..files import sha256_file
 # %% ../../nbs/522_speech_encoder.ipynb #df3e82b6
 @dataclass(kw_only=True)
 class SpeechEncoderConfig(EncoderConfig):
-    """What a tuned speech encoder is made of (defaults: MiSTER-E, section 4.2, and its released
-    code)."""
+    """Configuration of a speech encoder (defaults: MiSTER-E, section 4.2, and its released code)."""
     pooling: str = "mean"          # or "attentive", "first", "last"
     seconds: float = 5.0           # longer clips are cropped to it
     # where: in training anywhere and in scoring in the middle; or "start", or "centre"
@@ -154,7 +153,7 @@ class RealGroupNorm(nn.GroupNorm):
 
 # %% ../../nbs/522_speech_encoder.ipynb #a973bc6b
 class Ear:
-    "What a family makes of waves, how it is run, and what of it is trained."
+    "The adapter of a model family: its input, how it is run, and which parameters are trained."
     # the matrices that get LoRA; a string: a regular expression
     targets: list[str]|str = ["q_proj", "v_proj"]
     # parts that are never tuned: convolutions that hear, and sinusoids
@@ -372,7 +371,7 @@ EARS = {
 
 # %% ../../nbs/522_speech_encoder.ipynb #58de6381
 class EmotionSpeechEncoder(UtteranceEncoder):
-    "A speech model, tuned to tell the emotion of utterances (MiSTER-E, section 3.2, eq 2)."
+    "A speech model, tuned to classify the emotion of utterances (MiSTER-E, section 3.2, eq 2)."
     modality, config_class = "speech", SpeechEncoderConfig
 
     @classmethod

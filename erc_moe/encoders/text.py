@@ -22,7 +22,7 @@ from ..files import cache_folder
 # %% ../../nbs/521_text_encoder.ipynb #56a99c54
 @dataclass(kw_only=True)
 class TextEncoderConfig(EncoderConfig):
-    "What a tuned text encoder is made of (defaults: MiSTER-E, section 4.2, and its released code)."
+    "Configuration of a text encoder (defaults: MiSTER-E, section 4.2, and its released code)."
     max_tokens: int = 128      # longer texts are cut at their end; of a passage, see `reading`
     # so many previous utterances are read before it; the paper's encoder sees none
     context: int = 0
@@ -88,7 +88,7 @@ def load_options(
 
 # %% ../../nbs/521_text_encoder.ipynb #73cf99fe
 class EmotionTextEncoder(UtteranceEncoder):
-    """A text model of transformers, tuned to tell the emotion of utterances (MiSTER-E, section
+    """A text model of transformers, tuned to classify the emotion of utterances (MiSTER-E, section
     3.2, eq 1)."""
     modality, config_class = "text", TextEncoderConfig
 

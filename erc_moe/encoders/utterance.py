@@ -177,7 +177,7 @@ def adapt(
     base: nn.Module,          # a transformer
     config: EncoderConfig,
 ) -> nn.Module:  # the same, wrapped by peft for LoRA; `requires_grad` says what is trained
-    "Open for training what `config` says, close the rest."
+    "Make trainable what `config` says, and freeze the rest."
     base.requires_grad_(False)
     if config.recompute:
         base.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -222,7 +222,7 @@ def adapt(
 # %% ../../nbs/520_utterance_encoder.ipynb #717b6008
 @dataclass
 class EncoderOutput:
-    "What an utterance encoder says of a batch."
+    "Output of an utterance encoder for a batch."
     logits: Tensor                # (B, C)
     experts: dict[str, Tensor]    # {}: one encoder
     gate: Tensor|None             # None

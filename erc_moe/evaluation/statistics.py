@@ -58,7 +58,7 @@ def accuracy(
 # %% ../../nbs/601_statistics.ipynb #c4d84c9f
 @dataclass(frozen=True)
 class Interval:
-    "A score and where it would lie had other conversations been drawn."
+    "A score and its bootstrap interval over conversations."
     score: float
     low: float
     high: float

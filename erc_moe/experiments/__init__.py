@@ -1,7 +1,10 @@
 "Every table and figure of both papers, declared, run, and compared."
 from . import papers
-from .declare import EXPERIMENTS, FEATURES, Cell, Experiment, Row, declare, find_experiments, lacking
+from .declare import (
+    EXPERIMENTS, FEATURES, Cell, Experiment, Row, declare, find_experiments, missing_stores)
 from .ledger import Ledger
 from .run import code_of, reproduce
 
-__all__ = ["EXPERIMENTS", "FEATURES", "Cell", "Experiment", "Row", "declare", "find_experiments", "lacking", "Ledger", "code_of", "reproduce"]
+__all__ = [
+    "EXPERIMENTS", "FEATURES", "Cell", "Experiment", "Row", "declare", "find_experiments",
+    "missing_stores", "Ledger", "code_of", "reproduce"]

@@ -128,7 +128,7 @@ def check_gate(
     ledger: Ledger|None = None,
     preset: str = "cpu",
 ) -> pd.DataFrame:      # a line per pair of experts that the paper speaks of
-    "Whom the gate believes more (MiSTER-E, section 5.1)."
+    "The claims about the gate's weights (MiSTER-E, section 5.1)."
     found, lines = results("mister_e/table2", ledger, preset), []
     for corpus, more, less in GATE_CLAIMS:
         if (r := found.get((MISTER_E, corpus))) is None: continue

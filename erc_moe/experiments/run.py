@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus
-from .declare import EXPERIMENTS, Cell, Experiment, lacking, located
+from .declare import EXPERIMENTS, Cell, Experiment, missing_stores, located
 from .ledger import Ledger, as_characters, code_hash
 from ..features import FeaturePipeline
 from ..files import clear_partials, locked
@@ -220,7 +220,7 @@ def _plan(wanted, ledger, data, cache, stores):
     "Key -> {cell: detail} to train; why -> cells that are left out; and the last error."
     todo, out, error = {}, {}, None
     for cell, detail in wanted.items():
-        if (missing := lacking(cell, stores)):
+        if (missing := missing_stores(cell, stores)):
             for store, by in missing.items():
                 out.setdefault(f"for want of {store} ({by})", []).append(cell)
             continue

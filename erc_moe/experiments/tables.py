@@ -14,7 +14,8 @@ import pandas as pd
 from ..conversations import DataError
 from ..evaluation import (
     Difference, Interval, holm, over_seeds, paired_difference, weighted_f1)
-from .declare import Experiment, Row, find_experiment, find_experiments, lacking
+from .declare import (
+    Experiment, Row, find_experiment, find_experiments, missing_stores)
 from .ledger import Ledger
 from .run import reproduce
 from ..training.results import percent
@@ -69,7 +70,7 @@ class Result:
 
     @property
     def gain(self) -> dict:
-        "What choosing the epoch on test adds to the weighted F1, seed by seed."
+        "Gain in weighted F1 by choosing the epoch on test, per seed."
         return over_seeds([r["test_selected"]["test"] - r["strict"]["test"] for r in self.records])
 
 # %% ../../nbs/834_tables.ipynb #3021699f
@@ -78,7 +79,7 @@ def results(
     ledger: Ledger|None = None,     # None: the repository's
     preset: str = "cpu",
 ) -> dict[tuple[str, str], Result]:    # (row, corpus), of those that have a record
-    "What is on record for an experiment."
+    "The results of an experiment on record."
     e = find_experiment(experiment)
     ledger, found = ledger or committed(), {}
     for row in e.rows:
@@ -275,6 +276,9 @@ _LOOK = {
     "td.number": "text-align: right; white-space: nowrap",
     "td.confirmed": "color: #2da44e; font-weight: bold",
     "td.reversed": "color: #e5534b; font-weight: bold"}
+_BOX = ' style="display: block; max-height: 32rem; overflow-y: auto"'
+_HEAD = ("position: sticky; top: 0; "
+         "background: var(--bs-body-bg, var(--jp-layout-color0, white))")
 
 # %% ../../nbs/834_tables.ipynb #7e1d0a14
 def _written(
@@ -293,8 +297,9 @@ def styled(
     name: str,               # of the table, once a page
     index: bool = True,      # whether the rows' names are shown
     digits: int = 1,         # of floats
+    scrolls: bool = False,   # a long table scrolls in a box of its own, under its head
 ) -> Styler:
-    "A table to read, the same in JupyterLab and on the site."
+    "A formatted table, the same in JupyterLab and on the site."
     frame = frame.rename(columns=lambda c: CORPORA.get(c, c), index=lambda i: CORPORA.get(i, i))
     text = frame.map(
         lambda x: CORPORA.get(x, _written(x)) if isinstance(x, str) else _written(x, digits))
@@ -303,10 +308,14 @@ def styled(
     look = _LOOK | {
         f"th.col{j}": "text-align: right" for j, c in enumerate(frame.columns)
         if (kind.iloc[:, j] == "number").sum() > len(frame) / 3}
+    look |= {
+        f"th.col_heading.level{i}": "text-align: center; border-left: 1rem solid transparent"
+        for i in range(frame.columns.nlevels - 1)}
+    if scrolls: look["thead"] = _HEAD
     style = text.style.set_uuid(name).set_td_classes(kind).set_table_styles(
         [dict(selector=s, props=p) for s, p in look.items()])
     style = style.set_table_attributes(
-        'class="table table-sm results" data-quarto-disable-processing="true"')
+        'class="table table-sm results" data-quarto-disable-processing="true"' + scrolls*_BOX)
     return style if index else style.hide(axis="index")
 
 # %% ../../nbs/834_tables.ipynb #3e1add07
@@ -315,7 +324,7 @@ def statuses(
     ledger: Ledger|None = None,
     preset: str = "cpu",
 ) -> pd.DataFrame:       # a line per row and corpus that the paper has a number for
-    "What became of every number of a table."
+    "The status of every number of a table."
     e = find_experiment(experiment)
     ledger = ledger or committed()
     found, lines = results(e, ledger, preset), []
@@ -326,7 +335,7 @@ def statuses(
             score, command = r and r.score(), f"erc_moe reproduce {e.name}"
             if r is None:
                 cell = row.cell(corpus, preset)
-                needs = [*dict.fromkeys(lacking(cell).values())] if cell else []
+                needs = [*dict.fromkeys(missing_stores(cell).values())] if cell else []
                 status = (
                     "cited by the paper"
                     if row.model is None

@@ -66,7 +66,7 @@ def training_cost(
     corpora: tuple[str, ...],
     ledger: Ledger|None = None,        # knows the corpora's sizes; None: the repository's
 ) -> pd.DataFrame:                     # a column per corpus
-    "What one seed of a preset costs, at the benchmark's rate."
+    "The cost of one seed of a preset, at the benchmark's rate."
     if form not in benchmark["forms"]:
         raise DataError(
             f"the benchmark has no form {form!r}", f"It has {', '.join(benchmark['forms'])}.")

@@ -20,7 +20,7 @@ from ..corpora.files import some
 # %% ../../nbs/816_hub.ipynb #f26d2987
 @contextmanager
 def one_line() -> Iterator[None]:
-    "Inside it the hub says one line where the network is away, and transformers none."
+    "Inside it the hub reports a missing network in one line, and transformers prints nothing."
     import transformers
     http, told = logging.getLogger("huggingface_hub.utils._http"), []
     def first(record):                       # True: it is shown
@@ -61,7 +61,7 @@ def check_folder(
 def reads(
     config,     # of transformers
 ) -> str:       # "text" (also where it is not known), "speech", "visual"; "pairs": CLIP's kind
-    "What a model is made for, by its class."
+    "The modality that a model reads, by its class."
     from transformers import MODEL_MAPPING
     kind = MODEL_MAPPING.get(type(config), None)
     kind = kind[0] if isinstance(kind, tuple) else kind
@@ -106,7 +106,7 @@ def why_not(
     kind: str,            # what was to be loaded: "AutoModel"
     error: Exception,     # of `LOADING`
 ) -> DataError:
-    "The one line for an error of transformers or the hub."
+    "The one-line message for an error of transformers or the hub."
     text = str(error)
     first = next(iter(text.strip().splitlines()), type(error).__name__)
     if isinstance(error, SafetensorError):

@@ -21,7 +21,7 @@ from ..ragged import Layout
 # %% ../../nbs/203_mister_e.ipynb #88ce51c5
 @dataclass
 class MisterEConfig(ModelConfig):
-    """Everything that defines a MiSTER-E: sizes, readings of the paper, weights of the loss.
+    """Configuration of MiSTER-E: sizes, readings of the paper, weights of the loss.
     Section 4.2 has the defaults."""
     hidden: int = 512                    # of each direction of the BiGRU
     layers: int = 3                      # of the BiGRU

@@ -188,7 +188,7 @@ def prepare_sounds(
 def sound_fault(
     samples: np.ndarray,   # float32 (T,)
 ) -> str|None:             # "silent", "clipped" or None
-    "What a listener should know of a sound."
+    "A note on a silent or clipped sound, or None."
     size = np.abs(samples)
     if size.max() < 1e-4: return "silent"
     return "clipped" if (size > 0.999).mean() >= 1e-3 else None

@@ -21,7 +21,7 @@ from .transcripts import parse_seconds
 def claimed_seconds(
     path: Path,
 ) -> float|None:   # None: no header tells, or the file has no sound, or cannot be read
-    "How long a file's sound is, as its header says."
+    "Length of a file's sound by its header, in seconds."
     try: return soundfile.info(path).duration
     except (soundfile.LibsndfileError, OSError): pass
     try: import av

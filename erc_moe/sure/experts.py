@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # %% ../../nbs/300_uncertainty_experts.ipynb #796e6b1e
 @dataclass
 class Routing:
-    "What the gate of a mixture of experts decided at M utterances."
+    "The routing of a mixture of experts at M utterances."
     probabilities: Tensor    # (M, E) the scores after softmax; they sum to 1
     weights: Tensor          # (M, E) the k largest of them, 0 elsewhere (eq 4)
     uncertainty: Tensor      # (M, E) mean sigma of each expert

@@ -21,8 +21,7 @@ from .transformer import TransformerGate
 # %% ../../nbs/303_sure.ipynb #ab05c16a
 @dataclass
 class SureConfig(ModelConfig):
-    """Everything that defines a SURE: modalities, sizes, switches of the ablations, weights of
-    the loss."""
+    """Configuration of SURE: modalities, sizes, switches of the ablations, weights of the loss."""
     width: int = 1024                         # d, of everything inside
     moe: bool = True                          # False: without the mixture of experts
     experts: int = 4                          # E

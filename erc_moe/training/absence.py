@@ -46,6 +46,6 @@ class ModalityDropout:
         model: nn.Module,     # reads a `ConversationBatch`
         p: float,             # see `drop_modality`
     ) -> nn.Module:           # the same model
-        "Let `model` lose modalities while it learns."
+        "Apply it to the training batches of `model`."
         model.register_forward_pre_hook(cls(p))
         return model

@@ -201,7 +201,7 @@ def epoch_batches(
 # %% ../../nbs/602_training.ipynb #bad8e05f
 @dataclass
 class Scores:
-    "What a model says about M utterances, in the order of the conversations."
+    "A model's output for M utterances, in the order of the conversations."
     logits: Tensor                # float32 (M, C), on the CPU like all here
     experts: dict[str, Tensor]    # expert -> float32 (M, C)
     gate: Tensor|None             # float32 (M, E), columns in the order of `experts`
@@ -300,8 +300,7 @@ class Best:
 # %% ../../nbs/602_training.ipynb #7815298d
 @dataclass
 class Fitted:
-    """What a training left: the log of every epoch, and the best weights by each split that was
-    looked at."""
+    "The result of a training: the log of every epoch, the best weights by each scored split."
     log: list[dict]
     best: dict[str, Best]    # "validation", and "test" under the paper protocol
     seconds: float           # spent in training, over all restarts

@@ -78,7 +78,7 @@ def read_csv(
 # %% ../../nbs/820_predictions.ipynb #4b1e1881
 @dataclass(repr=False)
 class Predictions:
-    "Class probabilities of M utterances, with what the experts and the gate said."
+    "Class probabilities of M utterances, with the experts' predictions and the gate's weights."
     conversations: list[Conversation]     # M utterances in all
     labels: list[str]                     # the C classes
     probabilities: np.ndarray             # float (M, C), of the mixture
@@ -122,7 +122,7 @@ class Predictions:
     def emotions(self,
         expert: str,
     ) -> list[str]:     # M, "" where the gate gives it no weight: its modality was not observed
-        "What an expert would have said alone."
+        "The predictions of a single expert."
         heard = self.gate is None or self.gate[:, list(self.experts).index(expert)] > 0
         said = [self.labels[i] for i in self.experts[expert].argmax(-1)]
         return np.where(heard, said, "").tolist()

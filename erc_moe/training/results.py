@@ -74,7 +74,7 @@ def code_revision() -> str:
 
 # %% ../../nbs/821_results.ipynb #3b5850f9
 def provenance(device: str) -> dict:
-    "What the numbers were made with."
+    "The versions, the device and the code revision."
     packages = ("torch", "transformers", "accelerate", "numpy", "opensmile")
     name = (
         torch.cuda.get_device_name()

@@ -146,7 +146,7 @@ class Run:
         sources: dict[str, str]|None = None,                # see `prepare`
         prepared: bool = False,  # True: they carry the run's features already
     ) -> Predictions:
-        "What the trained models say about conversations."
+        "The trained models' predictions for conversations."
         ready = conversations if prepared else self.prepare(conversations, arrays, without, sources)
         data = ConversationTensors(ready, self.labels, self.summary["features"]["widths"])
         return Predictions.of(
