@@ -5,3 +5,4 @@ from .cogmen import Cogmen, CogmenConfig, CogmenOutput, Joyful, JoyfulConfig
 from .df_erc import DfErc, DfErcConfig, DfErcOutput
 from .hcam import Hcam, HcamConfig, HcamOutput
 from .mmgcn import MmDfn, MmDfnConfig, Mmgcn, MmgcnConfig
+from .multiemo import MultiEmo, MultiEmoConfig, MultiEmoOutput
