@@ -18,7 +18,7 @@ from .conversations import DataError
 from .mister_e import FeatureMixture, MisterE, Monolithic
 from .sure import Sure
 from .systems import (
-    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, Mmgcn)
+    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, Mmgcn, MultiEmo)
 
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
@@ -196,6 +196,9 @@ for _model in (ContextFree, BcLstm, DialogueRnn, Sdt, LateFusion):
 # %% ../nbs/814_models.ipynb #e1a6163b
 for _model, _paper in (
     (Hcam, {"meld": dict(batch_size=32)}),
+    (MultiEmo, {
+        "": dict(epochs=100, batch_size=64, lr=1e-4, weight_decay=1e-5),
+        "meld": dict(epochs=15, batch_size=100)}),
     (Mmgcn, {
         "": dict(epochs=20, batch_size=16, lr=3e-4, weight_decay=3e-5),
         "iemocap": dict(class_weights="inverse_frequency"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MultiEmoConfig', 'MultiAttnLayer', 'MultiEmoOutput', 'MultiEmo']
 
-# %% ../../nbs/414_multiemo.ipynb #58de59e5
+# %% ../../nbs/414_multiemo.ipynb #3c272ab5
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from .attention import TurnAttention
 from .dialogue_context import read_dialogues
 from .multiemo_losses import soft_hgr_loss, swfc_loss
 
-# %% ../../nbs/414_multiemo.ipynb #1601f158
+# %% ../../nbs/414_multiemo.ipynb #d380786e
 @dataclass
 class MultiEmoConfig(ModelConfig):
     "Everything that defines a MultiEMO: modalities, sizes, weights of the loss."
@@ -51,7 +51,7 @@ class MultiEmoConfig(ModelConfig):
         super().check()
         self.check_multiple("width", "heads")
 
-# %% ../../nbs/414_multiemo.ipynb #a226b184
+# %% ../../nbs/414_multiemo.ipynb #dac3c4b9
 class MultiAttnLayer(nn.Module):
     "Every modality asks the others in turn, then two linear layers (MultiEMO, section 3.4)."
     def __init__(self,
@@ -86,14 +86,14 @@ class MultiAttnLayer(nn.Module):
         h = F.layer_norm(f + dropout(outer, self.dropout, self.training), f.shape[-1:])
         return torch.addcmul(self.norm_bias, h, self.norm_weight)
 
-# %% ../../nbs/414_multiemo.ipynb #4ca93f48
+# %% ../../nbs/414_multiemo.ipynb #0abb6c82
 @dataclass(kw_only=True)
 class MultiEmoOutput(ModelOutput):
     "What MultiEMO says of a batch; logits are 0 at padding."
     fused: Tensor       # (M, D) z of each real utterance, which the contrast compares
     streams: Tensor     # (S, M, D) f of each modality
 
-# %% ../../nbs/414_multiemo.ipynb #6b60a62d
+# %% ../../nbs/414_multiemo.ipynb #9c5467bd
 class MultiEmo(ConversationModel):
     "DialogueRNN contexts, MultiAttn, and losses of contrast and correlation (Shi and Huang 2023)."
     config_class = MultiEmoConfig
@@ -130,7 +130,8 @@ class MultiEmo(ConversationModel):
         states = read_dialogues(nets, [xs[m] for m, _ in runs], speakers, layout, back)
         for m, net in self.recurrences.items():
             h = torch.cat([h for (n, _), h in zip(runs, states) if n == m], 1)
-            read[m] = F.relu(self.drop(self.join[m](h) if len(net) == 2 else h, self.config.dropout))
+            if m in self.join: h = self.join[m](h)
+            read[m] = F.relu(self.drop(h, self.config.dropout))
         return torch.stack([*read.values()])
 
     def forward(self, batch: ConversationBatch) -> MultiEmoOutput:

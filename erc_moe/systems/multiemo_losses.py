@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['swfc_loss', 'soft_hgr_loss']
 
-# %% ../../nbs/412_multiemo_losses.ipynb #96e33b32
+# %% ../../nbs/412_multiemo_losses.ipynb #0d9c9fe3
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..losses.focal import reduce_loss
 
-# %% ../../nbs/412_multiemo_losses.ipynb #ef3035ab
+# %% ../../nbs/412_multiemo_losses.ipynb #2e0d5395
 def swfc_loss(
     z: Tensor,                   # (M, D) of the real utterances
     labels: Tensor,              # int64 (M,), -1: unlabelled, takes no part
@@ -37,7 +37,7 @@ def swfc_loss(
     weight = (len(y)/count.clamp_min(1).to(z))**alpha * (count > 0)  # (C,)
     return reduce_loss(-mean * (weight/weight.sum().clamp_min(1e-12))[y], "mean", known.sum())
 
-# %% ../../nbs/412_multiemo_losses.ipynb #54d2b84d
+# %% ../../nbs/412_multiemo_losses.ipynb #df63ae7a
 def soft_hgr_loss(
     features: Tensor,     # (S, M, D) of S modalities
     seen: Tensor,         # bool (S, M), True: observed
