@@ -8,6 +8,7 @@ import html
 import inspect
 import re
 from importlib import import_module
+from typing import Literal, get_args, get_origin
 
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
@@ -48,6 +49,9 @@ def field_table(kind):
             told |= {n: meaning for n, meaning in docments(base, returns=False).items() if meaning}
     for field in dataclasses.fields(kind):
         meaning = told.get(field.name) or ""
+        if get_origin(field.type) is Literal:
+            words = " or ".join(code(repr(word)) for word in get_args(field.type))
+            meaning = f"{words}: {meaning}" if meaning else words
         place = PLACE.search(meaning)
         rows.append((code(field.name), default_of(field), PLACE.sub("", meaning, count=1),
                      place[1] if place else ""))

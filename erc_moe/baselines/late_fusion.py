@@ -23,7 +23,7 @@ class LateFusionConfig(ModelConfig):
     hidden: int = 512                         # of each direction of an expert's BiGRU
     layers: int = 3                           # of the BiGRU
     input_dropout: float = 0.                 # on the features
-    context_dropout: float = 0.2
+    context_dropout: float = 0.2              # between the layers of an expert
     gamma: float = 3.                         # of the focal loss
     reduction: Literal["sum", "mean"] = "sum"  # of the loss over utterances; MiSTER-E's: "sum"
     class_weights: list[float]|None = None    # factor per class in the loss

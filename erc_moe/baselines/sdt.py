@@ -22,7 +22,7 @@ from ..sure.transformer import TransformerGate
 class SdtConfig(ModelConfig):
     "Configuration of SDT: modalities, sizes, weights of the loss."
     width: int = 1024                         # d, of everything inside
-    heads: int = 8
+    heads: int = 8                            # of every transformer
     speakers: int = 2  # of a conversation that are told apart, in order of appearance
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.5  # in the transformers and before the students' classifiers

@@ -101,14 +101,14 @@ class GatedAttention(nn.Module):
 class BeatsConfig:
     """Sizes of a BEATs encoder, named as in the published checkpoints' `cfg`; the defaults are
     those of BEATs_iter3+ (AS2M)."""
-    encoder_layers: int = 12
+    encoder_layers: int = 12             # Transformer layers
     encoder_embed_dim: int = 768         # D
-    encoder_ffn_embed_dim: int = 3072
-    encoder_attention_heads: int = 12
+    encoder_ffn_embed_dim: int = 3072    # width between a layer's two linear layers
+    encoder_attention_heads: int = 12    # of every layer
     embed_dim: int = 512                 # width of a patch before it is mapped to D
     input_patch_size: int = 16           # frames, and mel filters, of a patch
     conv_pos: int = 128                  # tokens that the positional convolution spans
-    conv_pos_groups: int = 16
+    conv_pos_groups: int = 16            # of that convolution's channels
     num_buckets: int = 320               # rows of the table of distances
     max_distance: int = 800              # tokens
 

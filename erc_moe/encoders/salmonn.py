@@ -35,20 +35,20 @@ class SalmonnConfig:
     llm_source: str|None = None  # hub name or folder of the language model and its tokenizer
     # fields of transformers' WhisperConfig
     whisper: dict = field(default_factory=lambda: dict(WHISPER))
-    whisper_source: str = "openai/whisper-large-v2"
-    beats: BeatsConfig = BeatsConfig()
+    whisper_source: str = "openai/whisper-large-v2"    # hub name or folder of its weights
+    beats: BeatsConfig = BeatsConfig()           # sizes of the second audio encoder
     queries: int = 1                             # N, vectors that a window becomes
     width: int = 768                             # of the Q-Former, BERT's
     layers: int = 2                              # of the Q-Former, each with cross-attention
-    heads: int = 12
+    heads: int = 12                              # of the Q-Former
     inner: int = 3072                            # width between the Q-Former's two linear layers
     window: float = 0.333333                     # seconds
     stride: float = 0.333333                     # seconds from one window to the next
     rank: int = 8                                # r, of LoRA
     alpha: float = 32                            # of LoRA
-    lora_dropout: float = 0.1
+    lora_dropout: float = 0.1                    # on LoRA's input
     targets: tuple[str, ...] = ("q_proj", "v_proj")   # the matrices that get LoRA
-    prompt: str = PROMPT
+    prompt: str = PROMPT                         # with one place for the speech
     # token ids that stand before the speech, the beginning-of-text token first
     before: tuple[int, ...]|None = None
     after: tuple[int, ...]|None = None           # token ids that follow it

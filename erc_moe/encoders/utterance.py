@@ -82,7 +82,7 @@ class EncoderConfig:
     adaptation: str = "lora"              # or "full", or "frozen"
     rank: int = 8                         # r, of LoRA
     alpha: float = 32.                    # of LoRA
-    lora_dropout: float = 0.1
+    lora_dropout: float = 0.1             # on LoRA's input
     # names of the matrices that get LoRA; None: the queries' and values', see `lora_targets`
     targets: list[str]|None = None
     frozen_embeddings: bool = False       # full only: the embeddings stay

@@ -28,10 +28,10 @@ class MisterEConfig(ModelConfig):
     fusion_width: int = 1024             # of the fusion network's streams
     fusion_layers: int = 4               # each one cross- and one self-attention
     attention_width: int = 120           # inside attention, over all heads
-    heads: int = 4
+    heads: int = 4                       # of every attention
     input_dropout: float = 0.            # on the embeddings
-    context_dropout: float = 0.2
-    fusion_dropout: float = 0.5
+    context_dropout: float = 0.2         # between the layers of the context networks
+    fusion_dropout: float = 0.5          # on what attention gives, and before the classifier
     gate: Literal["linear", "mlp"] = "linear"    # eq 10, or the released code's
     gate_hidden: int = 10                # of the "mlp"
     gate_temperature: float = 1.         # divides the gate's logits; 2 in the released code

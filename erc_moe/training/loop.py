@@ -142,11 +142,11 @@ CHOICES = dict(
 @dataclass(frozen=True)
 class TrainingConfig:
     "How to train, whatever the model (defaults: MiSTER-E, section 4.2)."
-    epochs: int = 100
+    epochs: int = 100                  # passes over the training split
     batch_size: int = 8                # conversations per step and process
     lr: float = 1e-5                   # the highest learning rate
     optimizer: str = "adamw"           # or "adam"
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01         # of AdamW
     max_norm: float = 1.0              # gradients are clipped at this norm; 0: not clipped
     schedule: str = "constant"         # or "cosine": down to 0 over the whole training
     warmup: float = 0.0  # share of all steps over which the learning rate rises from 0
