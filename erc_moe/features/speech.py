@@ -10,7 +10,6 @@ import importlib.metadata
 from pathlib import Path
 
 import numpy as np
-from joblib import Parallel, cpu_count, delayed
 
 from ..conversations import Clip, DataError
 from .store import Extractor
@@ -25,7 +24,7 @@ class SoundMeasures:
     def __init__(self,
         workers: int|None = None,    # processes; None: as many as there are cores
     ):
-        self.workers = workers or cpu_count()
+        self.workers = workers
 
     def measure(self,
         samples: np.ndarray,         # float32 (T,) at 16 kHz
@@ -50,10 +49,11 @@ class SoundMeasures:
     ) -> list[np.ndarray|str]:       # per clip a row (D,), or why it has none
         "The measures of many clips, in their order; what `store.extract` takes."
         if len(sources) < 64 or self.workers == 1: return [self.row(s) for s in sources]
+        from joblib import Parallel, delayed
         prepare_sounds(sources)
         shares = [sources[i:i + 16] for i in range(0, len(sources), 16)]    # 16 clips a task
         some_rows = lambda share: [self.row(s) for s in share]
-        done = Parallel(n_jobs=self.workers)(delayed(some_rows)(share) for share in shares)
+        done = Parallel(n_jobs=self.workers or -1)(delayed(some_rows)(share) for share in shares)
         return [row for share in done for row in share]
 
 # %% ../../nbs/101_speech_features.ipynb #c63d6f20
