@@ -13,7 +13,6 @@ import os
 import re
 from pathlib import Path
 import numpy as np
-import pandas as pd
 from ..conversations import DataError
 from .encodings import read_text
 
@@ -162,9 +161,10 @@ def read_table(
     columns: list[str],             # columns that must be there
     told: list[str]|None = None,    # see `read_rows`
     rename=None,                    # what turns the file's column names into those of the table
-) -> pd.DataFrame:  # every cell a text, "" where empty; the index is the line in the file
+) -> "pandas.DataFrame":  # every cell a text, "" where empty; the index is the line in the file
     """A CSV or JSON file as a table of texts; a `DataError` where it cannot be read or has no such
     column."""
+    import pandas as pd    # slow to import, and a chat needs none
     names, rows, lines = read_rows(path, told)
     held, name = [*names], Path(path).name
     if rename: names = rename(names)
@@ -187,12 +187,13 @@ def read_table(
 
 # %% ../../nbs/802_corpus_files.ipynb #4d303eaa
 def read_numbers(
-    table: pd.DataFrame,
+    table: "pandas.DataFrame",
     column: str,
     whole: bool = False,       # only 0, 1, 2 ... below a million, as ids are
     empty: bool = False,       # an empty cell is NaN
-) -> pd.Series:                # float, finite; int where whole
+) -> "pandas.Series":          # float, finite; int where whole
     "A column of strings as numbers; a `DataError` that shows the first cell that is none."
+    import pandas as pd
     cells = table[column]
     numbers = pd.to_numeric(cells, errors="coerce").astype(float)
     odd = ~cells.str.fullmatch(r"\d{1,6}(\.0)?") if whole else ~np.isfinite(numbers)
@@ -205,9 +206,10 @@ def read_numbers(
 
 # %% ../../nbs/802_corpus_files.ipynb #d77a153a
 def parse_times(
-    column: pd.Series,   # "h:mm:ss,mmm" or "hh:mm:ss.mmm"
-) -> pd.Series:          # seconds, float; NaN where the cell is no time
+    column: "pandas.Series",   # "h:mm:ss,mmm" or "hh:mm:ss.mmm"
+) -> "pandas.Series":          # seconds, float; NaN where the cell is no time
     "Clock times of subtitles, in seconds."
+    import pandas as pd
     parts = column.str.extract(r"^\s*(\d{1,3}):(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)\s*$")
     hours, minutes, seconds = (
         pd.to_numeric(parts[i].str.replace(",", ".", regex=False)).astype(float) for i in range(3))

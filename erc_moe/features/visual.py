@@ -17,7 +17,6 @@ from pickle import UnpicklingError
 from textwrap import shorten
 import numpy as np
 import torch
-from joblib import cpu_count
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -241,8 +240,9 @@ class DenseNetEncoder:
         device: str|None = None,      # where the network runs; None: the GPU where there is one
     ):
         self.name, self.revision, self.frames, self.batch = name, revision, frames, batch
+        import joblib
         self.workers, self.device = (
-            workers or cpu_count(), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            workers or joblib.cpu_count(), device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @cached_property
     def folder(self) -> Path:

@@ -162,8 +162,9 @@ def _write_seed(folder, model, corpus, seed, fitted, protocol):
         scored = dict(epoch=fitted.best[split].epoch, **{s: figures(p) for s, p in chosen.items()})
         suffix = "" if split == SELECTION[protocol] else "-strict"
         atomic_folder(folder/f"model{suffix}", model.save_pretrained)
-        tables = [p.table().round(4).assign(split=s) for s, p in chosen.items()]
-        write_csv(pd.concat(tables), folder/f"predictions{suffix}.csv")
+        tables = [pd.DataFrame(p.columns(4)).assign(split=s) for s, p in chosen.items()]
+        table = pd.concat(tables).fillna({"label": ""})
+        write_csv(table.to_dict("list"), folder/f"predictions{suffix}.csv")
         result |= {"strict": scored} if suffix else scored
     write_json(folder/"result.json", result)
     (folder/"checkpoint.pt").unlink(missing_ok=True)
