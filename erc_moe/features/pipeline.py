@@ -252,7 +252,12 @@ def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
         heard = {u.id: u.audio for u in utterances if u.audio}
         if heard:
             praat = Prosody8()
-            return _extracted(praat, praat.rows, heard, ids, cache, missing, progress)
+            rows = _extracted(praat, praat.rows, heard, ids, cache, missing, progress)
+            pitch = rows.values[:, PROSODY8.index("avg_pitch")]
+            if mute := [u for u, p, hz in zip(ids, rows.present, pitch) if p and np.isnan(hz)]:
+                rows.told.append(f"prosody8, utterances without a voice in their sound: "
+                                 f"{len(mute)} ({some(mute)}); their pitch counts as average.")
+            return rows
         return _Rows(
             np.full((len(ids), len(PROSODY8)), np.nan, np.float32), np.zeros(len(ids), bool), {},
             _digest(ids), ["prosody8, utterances without sound: all; counted as not observed."])

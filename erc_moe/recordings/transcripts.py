@@ -265,7 +265,8 @@ def read_transcript(
         turns = read_chat(read_text(path, told), path.name, told)
     else:
         raise DataError(f"{path.name} is no transcript that can be read", "There are .csv, .tsv, "
-                        f".jsonl, .json, .txt (a chat), {', '.join(TIMED)}.")
+                        f".jsonl, .json, .txt (a chat), {', '.join(TIMED)}. A recording needs "
+                        "its transcript (--transcript talk.srt), or --listen base.")
     if speakers:
         turns = give_speakers(turns, read_rttm(Path(speakers)), words is not None, path.name, told)
     return check_turns(turns, path.name, told)
