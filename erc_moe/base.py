@@ -154,7 +154,7 @@ class ModelOutput:
     gate: Tensor|None = None
 
 # %% ../nbs/817_model_base.ipynb #6c12a95c
-class ConversationModel(nn.Module, Checkpoint, library_name="erc_moe"):
+class ConversationModel(nn.Module, Checkpoint):
     """A model of conversations: a subclass names its configuration (`config_class`), builds its
     layers, and has a `forward`."""
     config_class: type[ModelConfig]

@@ -155,4 +155,6 @@ def launch(
 ) -> str:                    # its address
     "Load a model and serve the page for it."
     from erc_moe import load
-    return serve(load(model).predict, **options)
+    model = load(model)
+    model.embedders    # loaded before the first answer, which is quick then
+    return serve(model.predict, **options)

@@ -8,7 +8,6 @@ __all__ = ['DAMAGE', 'HOW', 'PRETRAINED', 'read_conversations', 'is_chat', 'Pred
 # %% ../nbs/605_predict.ipynb #9b04c6f6
 import json
 import re
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +19,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import erc_moe
+from .checkpoints import push_folder
 from .conversations import Conversation, DataError, Utterance
 from .corpora.core import Corpus, FeatureTable
 from .corpora.files import read_table
-from .corpora.own import load_own
 from .encoders.merged import MergedTextEncoder, can_merge
 from .features.attach import attach
 from .features.pipeline import FeaturePipeline
@@ -75,6 +74,7 @@ def _read_words(what, transcript):
         and path.suffix in (".csv", ".jsonl")
         and "conversation" in read_table(path, [])
     ):
+        from erc_moe.corpora.own import load_own
         corpus = load_own(path, splits=False)
         order = list(dict.fromkeys(read_table(path, [])["conversation"]))
         return (
@@ -191,13 +191,8 @@ class Predictor:
         token: str|None = None,         # None: the one of `hf auth login`
     ) -> str:                           # its address
         "Upload the folder that `save` writes to the Hugging Face hub."
-        from huggingface_hub import HfApi
-        api = HfApi(token=token)
-        address = api.create_repo(repo, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            api.upload_folder(repo_id=repo, folder_path=self.save(folder),
-                              commit_message=f"{self.model} trained on {self.name}, by erc_moe")
-        return str(address)
+        message = f"{self.model} trained on {self.name}, by erc_moe"
+        return push_folder(self.save, repo, message, private, token)
 
     @classmethod
     def open(cls,

@@ -218,6 +218,19 @@ def test_predict_by_the_model_in_the_box(tmp_path, capsys, monkeypatch):
     assert "is the input" in capsys.readouterr().err
 
 
+def test_an_rttm_file_says_who_speaks(tmp_path, capsys):
+    words = [dict(word=w, start=i, end=i + 0.9) for i, w in enumerate("I won . No way".split())]
+    segments = [dict(start=0, end=4.9, text="", words=words)]
+    (tmp_path/"talk.json").write_text(json.dumps(dict(segments=segments)))
+    (tmp_path/"talk.rttm").write_text("".join(
+        f"SPEAKER talk 1 {start} {lasts} <NA> <NA> {who} <NA> <NA>\n"
+        for who, start, lasts in (("Ann", 0, 2.95), ("Ben", 3, 2))))
+    argv = ["predict", str(tmp_path/"talk.json"), "--speakers", str(tmp_path/"talk.rttm")]
+    assert main(argv) == 0
+    said = pd.read_csv(tmp_path/"talk.emotions.csv")
+    assert said.speaker.tolist() == ["Ann", "Ben"] and said.text.tolist() == ["I won .", "No way"]
+
+
 def test_a_label_that_the_model_does_not_know_is_passed_through(tmp_path, capsys):
     (tmp_path/"talk.csv").write_text(
         "conversation,speaker,text,label\nc,Ana,Hello.,contempt\nc,Ben,Hi.,joy\n")

@@ -462,6 +462,21 @@ def test_a_transcript_longer_than_the_sound_is_told(talk):
             load_recording(folder/"talk.m4a", late)
 
 
+def test_a_recording_that_is_silent_wherever_somebody_speaks_is_refused(talk, tmp_path):
+    soundfile.write(tmp_path/"mute.wav", np.zeros(16*RATE), RATE)
+    with pytest.raises(DataError, match="mute.wav is silent wherever somebody speaks.*--channel"):
+        load_recording(tmp_path/"mute.wav", talk[1])
+
+
+@pytest.mark.parametrize("beyond, told", [(0.01, False), (0.1, True)])
+def test_what_rounding_adds_to_the_end_is_not_worth_a_word(talk, beyond, told):
+    folder, turns, _ = talk
+    last = turns[-1]
+    longer = [*turns[:-1], Turn(last.speaker, last.text, last.start, last.end + beyond)]
+    faults = load_recording(folder/"talk.wav", longer).faults
+    assert any("ending beyond the sound" in f for f in faults) == told
+
+
 def test_words_alone_need_no_sound(tmp_path):
     (tmp_path/"chat.txt").write_text("Ann: I got the job!\nBen: No way!\n")
     conversation, = load_recording(None, tmp_path/"chat.txt").conversations

@@ -23,6 +23,7 @@ def beside(
 ) -> Path:
     "Where the predictions go: `talk.emotions.csv` beside `talk.mp4`."
     source = Path("chat.txt" if source == "-" else source)
+    if source.is_dir(): raise argparse.ArgumentTypeError(f"{source} is a folder: name a file")
     path = Path(out) if out else source.with_suffix(".emotions.csv")
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise argparse.ArgumentTypeError(f"--out {path}: name a .csv or a .jsonl file")
@@ -32,10 +33,12 @@ def beside(
 def given(args):
     "The typed input as a predictor takes it: a chat, a path, or a recording."
     if args.input == "-": return sys.stdin.buffer.read().decode("utf-8", "replace") + "\n"
-    if args.listen is None and args.channel is None: return args.input
+    if (args.listen, args.channel, args.speakers) == (None, None, None): return args.input
     from erc_moe.recordings import load_recording
+    sound, transcript = args.input, args.transcript
+    if args.speakers and not (transcript or args.listen): sound, transcript = None, sound
     return load_recording(
-        args.input, args.transcript, channel=args.channel, listen_with=args.listen)
+        sound, transcript, args.speakers, channel=args.channel, listen_with=args.listen)
 
 # %% ../../nbs/844_using_commands.ipynb #76886c76
 @command(
@@ -60,6 +63,13 @@ def given(args):
         metavar="FILE",
         help="Who says what and when in the recording: .srt, .vtt, .ass, .TextGrid, .eaf, .json, "
         ".csv or .jsonl.",
+    ),
+    option(
+        "--speakers",
+        complete="file",
+        metavar="FILE",
+        help="Who speaks when, for a transcript that names nobody: an RTTM file (.rttm), as "
+        "programs for speaker diarisation write it.",
     ),
     option(
         "--listen",
@@ -130,7 +140,7 @@ def predict(args):
     "Predict the emotion of every utterance of a conversation."
     out = beside(args.input, args.out)
     page = out.with_suffix(".html")
-    inputs = [f for f in (args.input, args.transcript) if f and f != "-"]
+    inputs = [f for f in (args.input, args.transcript, args.speakers) if f and f != "-"]
     for path in (out, page):
         if any(path.resolve() == Path(f).resolve() for f in inputs):
             raise argparse.ArgumentTypeError(f"--out {path} is the input: name another file")
@@ -138,8 +148,8 @@ def predict(args):
         raise argparse.ArgumentTypeError("--listen and --transcript: give one of them")
     from erc_moe import load
     predictions = load(args.model).predict(
-        given(args), None if args.listen or args.channel is not None else args.transcript,
-        without=tuple(args.without), seed=args.seed, missing=args.missing,
+        given(args), args.transcript, without=tuple(args.without), seed=args.seed,
+        missing=args.missing,
         sources={m: s for m in ("text", "speech", "visual") if (s := getattr(args, m))})
     print_emotions(predictions)
     print_notes(predictions.told)

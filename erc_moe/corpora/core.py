@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable
 import numpy as np
-import pandas as pd
 from markupsafe import Markup
 from safetensors.torch import load_file
 from ..conversations import Conversation, DataError, Utterance, emotion_color, label_indices
@@ -24,7 +23,7 @@ from .files import read_table, some
 # %% ../../nbs/801_corpora.ipynb #a670d33f
 def group_rows(
     # columns conversation, id, speaker, text; and label, audio, start, end, video where known
-    rows: pd.DataFrame,
+    rows: "pandas.DataFrame",
 ) -> list[Conversation]:  # in the order in which conversations begin; utterances in row order
     "Rows of a table grouped into conversations. An empty label or a NaN time becomes None."
     optional = [
@@ -227,9 +226,10 @@ class Corpus:
         "The same corpus with `fn` applied to every conversation."
         return replace(self, splits={s: [fn(c) for c in convs] for s, convs in self.splits.items()})
 
-    def statistics(self) -> pd.DataFrame:
+    def statistics(self) -> "pandas.DataFrame":
         """Per split: conversations, utterances, labelled utterances, longest conversation,
         speakers, and utterances per label."""
+        import pandas as pd
         rows = {}
         for s in SPLITS:
             convs = self.splits.get(s, [])
@@ -257,7 +257,7 @@ def build_corpus(
     name: str,
     labels: list[str],
     # as `group_rows` takes them, with a column split; ordered within each conversation
-    rows: pd.DataFrame,
+    rows: "pandas.DataFrame",
     faults: list[tuple[bool, str]],    # (was it met?, the sentence that tells it)
     **more,                            # arrays, protocol_note, annotations
 ) -> Corpus:
@@ -282,10 +282,10 @@ def build_corpus(
 
 # %% ../../nbs/801_corpora.ipynb #5030e203
 def plot_balance(
-    statistics: pd.DataFrame,   # as `Corpus.statistics()` gives it
-    labels: list[str],          # class order
-    ax=None,                    # matplotlib axes; None: new ones
-):                              # the axes
+    statistics: "pandas.DataFrame",   # as `Corpus.statistics()` gives it
+    labels: list[str],                # class order
+    ax=None,                          # matplotlib axes; None: new ones
+):                                    # the axes
     """Each split's share of each label as one stacked bar, with the number of labelled
     utterances beside it."""
     import matplotlib.pyplot as plt

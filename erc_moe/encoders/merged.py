@@ -40,8 +40,10 @@ class Bert(nn.Module):
             nn.functional.gelu, eps, batch_first=True)
         layers = nn.TransformerEncoder(
             layer, config["num_hidden_layers"], enable_nested_tensor=False)
-        self.words = nn.Embedding(config["vocab_size"], width)
-        self.places = nn.Embedding(config["max_position_embeddings"], width)
+        # torch.empty: an embedding of its own making draws its weights, which takes a while
+        empty = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+        self.words = empty(config["vocab_size"])
+        self.places = empty(config["max_position_embeddings"])
         self.norm, self.layers = nn.LayerNorm(width, eps), layers
         names = {
             "words.weight": ["embeddings.word_embeddings.weight"],

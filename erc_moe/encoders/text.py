@@ -9,8 +9,8 @@ __all__ = ['TextEncoderConfig', 'load_options', 'EmotionTextEncoder']
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 import torch
-import transformers
 from torch import Tensor, nn
 from ..conversations import Conversation, DataError
 from .frozen import (
@@ -179,7 +179,7 @@ class EmotionTextEncoder(UtteranceEncoder):
     ) -> FrozenStates:
         "The frozen layers' states of all its texts; those that are not kept yet are computed."
         c, was = self.config, self.training
-        identity = [c.weights, c.dtype, c.four_bit, c.cache, self.depth, transformers.__version__]
+        identity = [c.weights, c.dtype, c.four_bit, c.cache, self.depth, version("transformers")]
         kept = FrozenStates(
             cache_folder()/"frozen"/content_key(identity).hex(),
             self.base.config.get_text_config().hidden_size, c.cache, c.cache_gigabytes)

@@ -14,9 +14,6 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -307,6 +304,8 @@ class Fitted:
 
 # %% ../../nbs/602_training.ipynb #1427a23e
 def _accelerator(precision, device):
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
     # accelerate keeps a process's first configuration, a later training may have another
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
@@ -337,6 +336,7 @@ def fit(
     if not checkpoint_seconds >= 0:
         raise DataError(
             f"checkpoint_seconds is {checkpoint_seconds}", "It must be 0 or more, such as 30.")
+    from accelerate.utils import broadcast_object_list    # predicting needs none of it
     accelerator = _accelerator(config.precision, device)
     splits = ("train", "validation") + (("test",) if protocol == "paper" else ())
     data = {s: dataset(model, corpus.splits[s], corpus.labels, accelerator.device) for s in splits}

@@ -6,13 +6,12 @@
 __all__ = ['defuse', 'restore', 'write_csv', 'read_csv', 'Predictions']
 
 # %% ../../nbs/820_predictions.ipynb #1286acdd
-import csv, io, os, re
-from collections.abc import Iterable, Iterator
+import csv, io, json, os, re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from ..conversations import Conversation, DataError
 from ..evaluation.calibration import calibrate
@@ -42,23 +41,22 @@ def restore(
 
 # %% ../../nbs/820_predictions.ipynb #04ce61f9
 def write_csv(
-    table: pd.DataFrame,
+    columns: Mapping[str, list],    # name -> texts or numbers
     path: Path,
 ):
     "A table as CSV, at once or not at all; texts are defused."
-    text = table.select_dtypes(exclude="number").columns
-    safe = table.fillna({c: "" for c in text})
-    safe = safe.assign(**{c: [defuse(str(x)) for x in safe[c]] for c in text})
-    safe.columns = [defuse(c) for c in table]
     out = io.StringIO(newline="")
-    safe.to_csv(out, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    lines = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    safe = lambda cell: defuse(cell) if isinstance(cell, str) else cell
+    for row in (columns, *zip(*columns.values())): lines.writerow(map(safe, row))
     atomic_write(path, out.getvalue().encode())
 
 # %% ../../nbs/820_predictions.ipynb #31a8b74d
 def read_csv(
     path: Path,             # written by `write_csv`
-) -> pd.DataFrame:          # texts are text, whatever they look like; the rest is float64
+) -> "pandas.DataFrame":    # texts are text, whatever they look like; the rest is float64
     "A table of predictions as it was written."
+    import pandas as pd
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8")
@@ -158,33 +156,42 @@ class Predictions:
         names = ", ".join(c.id for c in self.conversations[:8])
         raise DataError(f"there is no conversation {conversation!r}", f"There are {names} ...")
 
-    def table(self) -> pd.DataFrame:
-        """A row per utterance: place, words, label (where there are any), emotion, confidence,
+    def columns(self,
+        digits: int|None = None,    # behind the point of every number; None: all
+    ) -> dict[str, list]:           # name -> M texts or numbers
+        """Per utterance: place, words, label (where there are any), emotion, confidence,
         probabilities, the experts' emotions, the gate's weights."""
         turns = [(c.id, u.id, u.speaker, u.text, u.label or "")
                  for c in self.conversations for u in c.utterances]
         names = ["conversation", "utterance", "speaker", "text", "label"]
-        table = pd.DataFrame(turns, columns=names)
-        if not table.label.any(): table = table.drop(columns="label")
-        columns = {"predicted": self.predicted, "confidence": self.probabilities.max(-1)}
-        columns |= {f"p_{l}": p for l, p in zip(self.labels, self.probabilities.T)}
+        columns = dict(zip(names, map(list, zip(*turns))))
+        if not any(columns["label"]): del columns["label"]
+        number = lambda x: (x if digits is None else x.round(digits)).tolist()
+        columns |= {"predicted": self.predicted, "confidence": number(self.probabilities.max(-1))}
+        columns |= {f"p_{l}": number(p) for l, p in zip(self.labels, self.probabilities.T)}
         columns |= {f"expert_{e}": self.emotions(e) for e in self.experts}
         if self.gate is not None:
-            columns |= {f"gate_{e}": g for e, g in zip(self.experts, self.gate.T)}
-        return table.assign(**columns)
+            columns |= {f"gate_{e}": number(g) for e, g in zip(self.experts, self.gate.T)}
+        return columns
+
+    def table(self) -> "pandas.DataFrame":
+        "The same, a row per utterance."
+        import pandas as pd
+        return pd.DataFrame(self.columns())
 
     def write(self,
         path: str|Path,                  # .csv (texts are defused) or .jsonl (texts as they are)
         inputs: Iterable[str|Path] = (), # files that were read for this, never to be written over
     ) -> Path:
         "Save the table, at once or not at all."
-        path, table = Path(path), self.table().round(4)
+        path, columns = Path(path), self.columns(4)
         _keep(path, inputs)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".jsonl":
-            lines = table.to_json(orient="records", lines=True, force_ascii=False)
-            atomic_write(path, lines.encode())
-        elif path.suffix.lower() == ".csv": write_csv(table, path)
+            rows = (dict(zip(columns, row)) for row in zip(*columns.values()))
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            atomic_write(path, "".join(lines).encode())
+        elif path.suffix.lower() == ".csv": write_csv(columns, path)
         else:
             raise DataError(f"{path.name} is neither .csv nor .jsonl", f"Name it {path.stem}.csv.")
         return path
