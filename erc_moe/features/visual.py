@@ -240,9 +240,9 @@ class DenseNetEncoder:
         device: str|None = None,      # where the network runs; None: the GPU where there is one
     ):
         self.name, self.revision, self.frames, self.batch = name, revision, frames, batch
-        import joblib
+        from joblib import cpu_count
         self.workers, self.device = (
-            workers or joblib.cpu_count(), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            workers or cpu_count(), device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @cached_property
     def folder(self) -> Path:
