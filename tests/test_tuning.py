@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from erc_moe.cli import main
 from erc_moe.conversations import DataError
-from erc_moe.corpora import load_corpus
+from erc_moe.corpora import FeatureTable, load_corpus
 from erc_moe.features import FeatureStore
 from erc_moe.training import train
 from erc_moe.training.tuning import TunedRun, align, embed, tune
@@ -162,13 +162,20 @@ def test_the_store_trains_a_conversation_model(tuned, table, tmp_path):
     assert run.summary["test"]["weighted_f1"]["mean"] > 0.7
 
 
-def test_training_labels_do_not_reach_their_own_embedding(encoder, table, tmp_path):
+CONVERSATION_FITTED = {
+    "single": dict(), "windows": dict(context=2, context_after=1),
+    "conversation": dict(context=2, context_after=1, reading="conversation")}
+
+
+@pytest.mark.parametrize("reading", CONVERSATION_FITTED)
+def test_training_labels_do_not_reach_their_own_embedding(encoder, table, tmp_path, reading):
     """With the labels of one conversation exchanged its embeddings lie to each other as before
-    (up to the rotation): its fold's encoder never sees them."""
+    (up to the rotation): its fold's encoder never sees them, whichever turns it reads."""
     corpus = load_corpus(table)
     run = lambda c, out: tune(
         "text", str(encoder), c, seeds=1, folds=2, out=tmp_path / out, device="cpu", progress=False,
-        changes=dict(width=8, frozen_layers=0, epochs=1, batch_size=8, lr=3e-3))
+        changes=dict(width=8, frozen_layers=0, epochs=1, batch_size=8, lr=3e-3)
+        | CONVERSATION_FITTED[reading])
     target = corpus.splits["train"][0]
     flipped = corpus.map(lambda c: (
         c
@@ -189,6 +196,63 @@ def test_training_labels_do_not_reach_their_own_embedding(encoder, table, tmp_pa
     held = corpus.splits["test"][0]
     assert np.abs(distances(stores[0], held) - distances(stores[1], held)).max() > 1e-3, (
         "the encoder tuned on all of train sees them")
+
+
+def test_several_corpora_ratings_and_a_start(encoder, table, tmp_path):
+    """Another corpus whose labels have other names teaches the words; its run is a start, but not
+    of folds of a corpus whose labels it has seen."""
+    corpus = load_corpus(table)
+    ids = [u.id for c in corpus.conversations for u in c.utterances]
+    value = {"joy": 5., "anger": 1., None: np.nan}
+    rated = replace(corpus, annotations={"ratings": FeatureTable("ratings", ids, np.array([
+        [value[l], 3. + value[l]/5] for c in corpus.conversations for l in c.labels]))})
+    other = load_corpus(table, label_map={"joy": "glad", "anger": "cross"})
+    other = replace(other, name="other")
+    small = dict(width=8, frozen_layers=0, epochs=6, batch_size=8, lr=3e-3)
+    run = tune(
+        "text", str(encoder), rated, seeds=1, out=tmp_path/"several", device="cpu", progress=False,
+        also=[other], changes=small | dict(rating_weight=.5, contrast=.1))
+    assert {*run.log()[0]["losses"]} == {"focal", "contrast", "ratings"}
+    losses = [e["losses"]["ratings"] for e in run.log()]
+    assert losses[-1] < 0.8*losses[0]
+    assert run.summary["also"] == {"other": other.split_hash}
+    tuned_there = run.encoder()
+    assert tuned_there.classify[-1].out_features == 4 and tuned_there.rate.out_features == 2
+    data = tuned_there.dataset(corpus.splits["test"], corpus.labels)
+    assert tuned_there(data.batch(torch.arange(3))).logits.shape == (3, 2)
+
+    again = dict(device="cpu", progress=False, start=run.folder)
+    followed = tune(
+        "text", str(encoder), corpus, seeds=1, out=tmp_path/"then", **again,
+        changes=small | dict(epochs=1, lr=0.))
+    kept = dict(run.encoder().named_parameters())
+    for name, p in followed.encoder().named_parameters():
+        if p.requires_grad: assert torch.equal(p, kept[name][:len(p)]), name
+    for name in ("talk", "other"):
+        with pytest.raises(DataError, match=f"all training labels of {name}"):
+            tune("text", str(encoder), replace(corpus, name=name), folds=2, **again)
+    with pytest.raises(DataError, match="tuned with other settings .*--set adaptation"):
+        tune("text", str(encoder), corpus, seeds=1, changes=small | dict(width=4), **again)
+
+
+def test_two_batches_of_four_are_one_of_eight(encoder, table, tmp_path, monkeypatch):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path/"cache"))    # kept states: without dropout
+    corpus = load_corpus(table)
+    first = [c for c in corpus.splits["train"] if all(u.label and u.text for u in c.utterances)][0]
+    long = replace(first, utterances=[
+        replace(u, id=f"{u.id}-{i}") for i in range(8) for u in first.utterances[:2]])
+    corpus = replace(corpus, splits=corpus.splits | {"train": [long]})
+    weights = []
+    for size, accumulate in ((8, 1), (4, 2)):
+        changes = dict(
+            width=8, adaptation="frozen", frozen_layers=0, epochs=2, batch_size=size, dropout=0.,
+            accumulate=accumulate, buckets=False, lr=1e-2, warmup=0., cache="float32")
+        run = tune(
+            "text", str(encoder), corpus, seeds=1, out=tmp_path/f"{size}", changes=changes,
+            device="cpu", progress=False)
+        weights.append({n: p for n, p in run.encoder().named_parameters() if p.requires_grad})
+    for name, p in weights[0].items():
+        torch.testing.assert_close(p, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
 def test_the_mean_of_the_folds_embeds_what_is_not_in_train(tuned, table, tmp_path):

@@ -93,6 +93,13 @@ def train(args):
         help="Tune K more encoders, each without one fold of the training conversations, so "
         "that erc_moe embed can embed every training utterance by an encoder that has "
         "not seen its label."),
+    option(
+        "--also", complete="file", action="append", default=[], metavar="NAME",
+        help="A corpus whose training split is learnt beside, with a head of its own; may be given "
+        "several times."),
+    option(
+        "--start", complete="folder", metavar="RUN",
+        help="Begin with the weights of a run that erc_moe tune wrote."),
     OUT, SET, CHECKPOINT, DEVICE, resumes=True, memory="Lower the batch: --set batch_size=4.")
 def tune(args):
     "Tune a text or speech encoder on single utterances."
@@ -101,7 +108,7 @@ def tune(args):
         args.modality, args.encoder, args.corpus, args.data, preset=args.preset,
         protocol=args.protocol, seeds=args.seeds, folds=args.folds, out=args.out, changes=args.set,
         device=args.device, checkpoint_seconds=args.checkpoint_seconds, command=args.typed,
-        label_map=args.label_map)
+        label_map=args.label_map, also=args.also, start=args.start)
     if first_process(): print_result(run.summary, run.folder)
 
 # %% ../../nbs/843_training_commands.ipynb #3056a3f3

@@ -185,7 +185,8 @@ def can_merge(
             "Give a folder that a tuning wrote.",
         ) from e
     plain = dict(modality="text", adaptation="lora", context=0, dtype="float32", four_bit=False)
-    later = dict(context_after=0)    # which encoders of an earlier version do not say
+    # which encoders of an earlier version do not say
+    later = dict(context_after=0, rated=0, others=None)
     if any(c.get(k) != x for k, x in plain.items()): return False
     if any(c.get(k, x) != x for k, x in later.items()): return False
     source = Pretrained(c["encoder"], c["revision"])

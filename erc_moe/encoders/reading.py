@@ -288,10 +288,8 @@ class ConversationText(TextData):
 
     def batch(self, index: Tensor) -> UtteranceBatch:
         "The targets of the passages `index` (int64 (B,))."
-        targets = self.targets(index.tolist())
-        return UtteranceBatch(
-            self.inputs(index.tolist()), torch.from_numpy(self.known[targets]).to(self.device),
-            [self.utterances[i].id for i in targets])
+        inputs = self.inputs(index.tolist())
+        return self.with_targets(inputs, self.targets(index.tolist()), self.known)
 
     @property
     def evaluation(self) -> Iterator[tuple[UtteranceBatch, Tensor]]:

@@ -25,6 +25,7 @@ from ..conversations import Conversation, DataError, Utterance, label_indices
 from ..features.hub import state_width
 from ..features.store import atomic_write
 from ..features.text import Pretrained, token_batches
+from .signal import Beside, contrast_within, own_block, rating_loss
 from ..losses import LossParts, focal_loss
 
 # %% ../../nbs/520_utterance_encoder.ipynb #06ea7289
@@ -98,6 +99,11 @@ class EncoderConfig:
     dtype: str = "float32"                # or "bfloat16": how the transformer is loaded
     four_bit: bool = False  # load the transformer in 4 bits (needs bitsandbytes and a GPU)
     recompute: bool = False               # gradient checkpointing: less memory, a third more time
+    contrast: float = 0.                  # weight of the supervised contrast within a batch
+    temperature: float = 0.1              # its tau
+    rating_weight: float = 0.             # weight of the corpus' ratings as targets beside
+    rated: int = 0                        # so many ratings; told by the corpus
+    others: list[int]|None = None         # classes of corpora that are learnt beside
 
     def __post_init__(self):
         for name, allowed in dict(
@@ -109,6 +115,9 @@ class EncoderConfig:
         if self.labels is not None and len(self.labels) != self.classes:
             raise DataError(
                 f"{len(self.labels)} labels for {self.classes} classes", "Name every class once.")
+        for name, least in dict(contrast=0, temperature=1e-6, rating_weight=0).items():
+            if not getattr(self, name) >= least:
+                raise DataError(f"{name} is {getattr(self, name)}", f"It must be {least} or more.")
         if self.four_bit and self.adaptation == "full":
             raise DataError(
                 "a transformer in 4 bits cannot be tuned whole", "Take adaptation=lora.")
@@ -235,6 +244,7 @@ class UtteranceBatch:
     inputs: dict[str, Tensor]     # what the transformer takes, (B, ...) each
     labels: Tensor                # int64 (B,), -1: unlabelled
     utterance_ids: list[str]
+    ratings: Tensor|None = None   # float32 (B, R), NaN: not rated; None: not learnt
 
     @property
     def mask(self) -> Tensor:
@@ -266,8 +276,11 @@ class UtteranceEncoder(nn.Module):
         D = self.hidden_width
         self.norm, self.pool = nn.LayerNorm(D), Pooling(config.pooling, D)
         self.embed_layer = nn.Linear(self.pool.width, config.width)
+        classes = config.classes + sum(config.others or [])
         self.classify = nn.Sequential(
-            nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.width, config.classes))
+            nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.width, classes))
+        if config.rated: self.rate = nn.Linear(config.width, config.rated)
+        self.beside = Beside()    # what is learnt beside the target's labels
 
     @classmethod
     def origin(cls, config: EncoderConfig) -> Pretrained:
@@ -290,17 +303,36 @@ class UtteranceEncoder(nn.Module):
     ) -> "UtteranceData":
         raise NotImplementedError
 
+    def training_data(
+        self, conversations: list[Conversation], labels: list[str], device="cpu"
+    ) -> "UtteranceData":
+        "The training split, with what is learnt beside it."
+        b = self.beside
+        data = self.dataset([*conversations, *b.conversations], [*labels, *b.labels], device)
+        data.ratings = b.ratings
+        return data
+
     def forward(self, batch: UtteranceBatch) -> EncoderOutput:
         hidden, mask = self.hidden(batch.inputs)
         # (B, W)
         embedding = self.embed_layer(self.pool(self.norm(hidden.to(self.norm.weight.dtype)), mask))
-        return EncoderOutput(self.classify(embedding), {}, None, embedding)
+        logits = self.classify(embedding)
+        if not self.training: logits = logits[:, :self.config.classes]    # the target's alone
+        return EncoderOutput(logits, {}, None, embedding)
 
     def loss(self, output: EncoderOutput, batch: UtteranceBatch) -> LossParts:
-        "The focal loss of section 4.4 over the labelled utterances."
-        return LossParts({
-            "focal": focal_loss(
-                output.logits, batch.labels, self.config.gamma, self.config.reduction)})
+        "The focal loss of section 4.4 over the labelled utterances, and what is learnt beside."
+        c, logits = self.config, output.logits
+        if c.others and self.training:
+            logits = own_block(logits, batch.labels, [c.classes, *c.others])
+        parts = {"focal": focal_loss(logits, batch.labels, c.gamma, c.reduction)}
+        if c.contrast:
+            parts["contrast"] = c.contrast*contrast_within(
+                output.embedding, batch.labels, c.temperature)
+        if c.rated and batch.ratings is not None:
+            said = self.rate(output.embedding.relu())
+            parts["ratings"] = c.rating_weight*rating_loss(said, batch.ratings)
+        return LossParts(parts)
 
     def parameter_groups(self) -> list[dict]:
         "The head, and the transformer's layers with their own learning rates."
@@ -404,6 +436,7 @@ class UtteranceData:
             [i for c in conversations for i in label_indices(c, labels)], np.int64)
         self.lengths = torch.tensor(lengths, dtype=torch.int64)  # (M,)
         self.readable = self.lengths.numpy() > 0  # (M,): there is something to be heard or read
+        self.ratings: dict[str, np.ndarray] = {}  # utterance -> (R,), where they are learnt
 
     def __len__(self) -> int: return len(self.utterances)
 
@@ -417,10 +450,21 @@ class UtteranceData:
 
     def batch(self, index: Tensor) -> UtteranceBatch:
         "The utterances `index` (int64 (B,)), padded to the longest."
-        index = index.tolist()
+        return self.with_targets(self.inputs(index.tolist()), index.tolist(), self.truth)
+
+    def with_targets(self,
+        inputs: dict[str, Tensor],
+        index: list[int],            # which utterances they are of
+        truth: np.ndarray,           # int64 (M,)
+    ) -> UtteranceBatch:
+        "A batch of these utterances, with what is to be learnt of them."
+        ids, ratings = [self.utterances[i].id for i in index], None
+        if self.ratings:
+            none = np.full_like(next(iter(self.ratings.values())), np.nan)
+            rows = np.stack([self.ratings.get(id, none) for id in ids])      # (B, R)
+            ratings = torch.from_numpy(rows).to(self.device)
         return UtteranceBatch(
-            self.inputs(index), torch.from_numpy(self.truth[index]).to(self.device),
-            [self.utterances[i].id for i in index])
+            inputs, torch.from_numpy(truth[index]).to(self.device), ids, ratings)
 
     @property
     def evaluation(self) -> Iterator[tuple[UtteranceBatch, Tensor]]:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SELECTION', 'UNREADABLE', 'scoring_batches', 'ConversationTensors', 'epoch_seed', 'TrainingConfig',
-           'epoch_batches', 'Scores', 'score', 'dataset', 'parameter_groups', 'trained_state', 'load_trained', 'Best',
-           'Fitted', 'fit']
+           'epoch_batches', 'Scores', 'score', 'dataset', 'training_data', 'parameter_groups', 'trained_state',
+           'load_trained', 'Best', 'Fitted', 'fit']
 
 # %% ../../nbs/602_training.ipynb #6dfbfea8
 import json, math, pickle, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -140,7 +141,8 @@ CHOICES = dict(
 class TrainingConfig:
     "How to train, whatever the model (defaults: MiSTER-E, section 4.2)."
     epochs: int = 100                  # passes over the training split
-    batch_size: int = 8                # conversations per step and process
+    batch_size: int = 8                # conversations per batch and process
+    accumulate: int = 1                # batches whose mean gradient makes one step
     lr: float = 1e-5                   # the highest learning rate
     optimizer: str = "adamw"           # or "adam"
     weight_decay: float = 0.01         # of AdamW
@@ -161,7 +163,8 @@ class TrainingConfig:
                 raise DataError(
                     f"{name} is {getattr(self, name)!r}", f"It can be {' or '.join(allowed)}.")
         for name, low, high in (
-            ("epochs", 1, math.inf), ("batch_size", 1, math.inf), ("lr", 0, math.inf),
+            ("epochs", 1, math.inf), ("batch_size", 1, math.inf),
+            ("accumulate", 1, math.inf), ("lr", 0, math.inf),
             ("weight_decay", 0, math.inf), ("max_norm", 0, math.inf), ("warmup", 0, 1),
             ("ema", 0, 1 - 1e-9), ("patience", 0, math.inf)):
             if not low <= getattr(self, name) <= high:
@@ -249,6 +252,17 @@ def dataset(
     whole conversations."""
     if hasattr(model, "dataset"): return model.dataset(conversations, labels, device)
     return ConversationTensors(conversations, labels, model.config.widths, device)
+
+# %% ../../nbs/602_training.ipynb #b6ad498d
+def training_data(
+    model: nn.Module,
+    conversations: list[Conversation],   # of the training split
+    labels: list[str],                   # the label set, in class order
+    device: str|torch.device = "cpu",
+):
+    "What the model learns from: its own `training_data`, where it has one, or its dataset."
+    if hasattr(model, "training_data"): return model.training_data(conversations, labels, device)
+    return dataset(model, conversations, labels, device)
 
 # %% ../../nbs/602_training.ipynb #149fbbe5
 def parameter_groups(
@@ -339,7 +353,10 @@ def fit(
     from accelerate.utils import broadcast_object_list    # predicting needs none of it
     accelerator = _accelerator(config.precision, device)
     splits = ("train", "validation") + (("test",) if protocol == "paper" else ())
-    data = {s: dataset(model, corpus.splits[s], corpus.labels, accelerator.device) for s in splits}
+    data = {
+        s: (training_data if s == "train" else dataset)(
+            model, corpus.splits[s], corpus.labels, accelerator.device)
+        for s in splits}
     optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer](
         parameter_groups(model.to(accelerator.device)), lr=config.lr,
         weight_decay=config.weight_decay, fused=True)
@@ -384,19 +401,25 @@ def fit(
         torch.manual_seed(epoch_seed(seed, epoch, 1 + accelerator.process_index))
         losses, norm = {}, 0.0
         objective.train()
-        for i, index in enumerate(batches):
-            rate = config.lr_at((epoch - 1)*per_epoch + i, config.epochs*per_epoch)
+        steps = [
+            batches[i:i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
+        for i, step in enumerate(steps):
+            rate = config.lr_at((epoch - 1)*len(steps) + i, config.epochs*len(steps))
             for group in optimizer.param_groups: group["lr"] = rate*group["scale"]
-            parts = objective(data["train"].batch(learnable[index]))
-            accelerator.backward(sum(parts.values()))
+            for n, index in enumerate(step, 1):
+                # processes exchange gradients at a step's last batch
+                exchange = nullcontext() if n == len(step) else accelerator.no_sync(objective)
+                with exchange:
+                    parts = objective(data["train"].batch(learnable[index]))
+                    accelerator.backward(sum(parts.values())/len(step))
+                losses = {k: losses.get(k, 0.0) + v.detach() for k, v in parts.items()}
             norm = norm + accelerator.clip_grad_norm_(
                 model.parameters(), config.max_norm or math.inf)
             optimizer.step(); optimizer.zero_grad()
             if average: average.update_parameters(model)
-            losses = {k: losses.get(k, 0.0) + v.detach() for k, v in parts.items()}
         entry = dict(
             epoch=epoch, losses={k: float(v) / len(batches) for k, v in losses.items()}, lr=rate,
-            gradient_norm=float(norm) / len(batches))
+            gradient_norm=float(norm) / len(steps))
         if not all(map(math.isfinite, (entry["gradient_norm"], *entry["losses"].values()))):
             raise DataError(
                 f"the loss is no longer finite at epoch {epoch}",
