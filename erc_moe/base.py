@@ -147,6 +147,8 @@ def weighted_loss(
 @dataclass
 class ModelOutput:
     "What a model says of a batch; all is 0 at padding."
+    per_utterance = ()    # fields that a subclass adds with a value per utterance, (B, N, ...)
+
     logits: Tensor                                              # (B, N, C)
     # expert -> (B, N, C); {}: none answers for itself
     experts: dict[str, Tensor] = field(default_factory=dict)

@@ -106,6 +106,8 @@ class DialogueRecurrence(nn.Module):
 @dataclass(kw_only=True)
 class DialogueRnnOutput(ModelOutput):
     "Output of DialogueRNN for a batch; 0 at padding."
+    per_utterance = ("party",)
+
     # (B, N, P), of a bidirectional one (B, N, 2P): the speaker's state after the utterance
     party: Tensor
 

@@ -63,6 +63,8 @@ class MultimodalFusion(nn.Module):
 class SdtOutput(ModelOutput):
     """What SDT says of a batch: the teacher's logits, or with one modality alone its only
     student's; the students' as `experts`, 0 where their modality was not observed."""
+    per_utterance = ("shares",)
+
     # modality -> (B, N) its mean share in the fusion, sum 1; {} with one modality alone
     shares: dict[str, Tensor]
 

@@ -56,6 +56,8 @@ class SureConfig(ModelConfig):
 class SureOutput(ModelOutput):
     """What SURE says of a batch; all is 0 at padding, and at utterances without the modality
     where it is per modality. Its experts classify nothing by themselves."""
+    per_utterance = ("routing", "uncertainty")
+
     # modality -> (B, N, E) weights of the chosen experts, 0 for the others
     routing: dict[str, Tensor]
     uncertainty: dict[str, Tensor]      # modality -> (B, N, E) mean sigma of every expert
