@@ -52,6 +52,7 @@ def field_table(kind):
         if get_origin(field.type) is Literal:
             words = " or ".join(code(repr(word)) for word in get_args(field.type))
             meaning = f"{words}: {meaning}" if meaning else words
+        meaning = re.sub(r"`(\w+\.[^`]*)`", lambda m: code(m[1]), meaning)    # has no anchor
         place = PLACE.search(meaning)
         rows.append((code(field.name), default_of(field), PLACE.sub("", meaning, count=1),
                      place[1] if place else ""))
