@@ -4,5 +4,6 @@ from .cfn_esa import CfnEsa, CfnEsaConfig, CfnEsaOutput
 from .cogmen import Cogmen, CogmenConfig, CogmenOutput, Joyful, JoyfulConfig
 from .df_erc import DfErc, DfErcConfig, DfErcOutput
 from .hcam import Hcam, HcamConfig, HcamOutput
+from .instruct_erc import InstructErc, InstructErcConfig
 from .mmgcn import MmDfn, MmDfnConfig, Mmgcn, MmgcnConfig
 from .multiemo import MultiEmo, MultiEmoConfig, MultiEmoOutput
