@@ -117,8 +117,8 @@ def test_a_tuning_trains_scores_and_is_found_again(hub, tmp_path):
     model = run.encoder()
     data = model.dataset(talks, LABELS)
     assert model.config.targets == ["q_proj", "v_proj"] and model.config.context == 1
-    again = run.encoder()(data.batch(torch.arange(4)))
-    with torch.no_grad(): assert torch.equal(model(data.batch(torch.arange(4))).logits, again.logits)
+    batch = data.batch(torch.arange(4))
+    with torch.no_grad(): assert torch.equal(model(batch).logits, run.encoder()(batch).logits)
     with pytest.raises(DataError, match="gives no embeddings"):
         embed(run, corpus, tmp_path/"store")
 
