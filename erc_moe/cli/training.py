@@ -77,8 +77,9 @@ def train(args):
     "erc_moe tune --modality text --encoder minilm --corpus meld --data corpora --folds "
     "4 --seeds 1 --out runs/meld-minilm",
     option(
-        "--modality", choices=["text", "speech"], default="text",
-        help="What the encoder takes (default: text)."),
+        "--modality", choices=["text", "speech", "prompt"], default="text",
+        help="What the encoder takes; prompt: a language model that is asked for the emotion, "
+        "as InstructERC does it (default: text)."),
     option(
         "--encoder", complete="folder", required=True, metavar="NAME",
         help="Which transformer: minilm, mpnet, a name on the Hugging Face hub, or a local folder."),

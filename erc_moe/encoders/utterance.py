@@ -273,14 +273,18 @@ class UtteranceEncoder(nn.Module):
                 f"encoder was tuned on {config.weights}",
                 "Get the ones it was tuned on.")
         self.base = self.adapt(base)
-        D = self.hidden_width
-        self.norm, self.pool = nn.LayerNorm(D), Pooling(config.pooling, D)
-        self.embed_layer = nn.Linear(self.pool.width, config.width)
-        classes = config.classes + sum(config.others or [])
-        self.classify = nn.Sequential(
-            nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.width, classes))
-        if config.rated: self.rate = nn.Linear(config.width, config.rated)
         self.beside = Beside()    # what is learnt beside the target's labels
+        self.make_head()
+
+    def make_head(self):
+        "What stands on the transformer."
+        c, D = self.config, self.hidden_width
+        self.norm, self.pool = nn.LayerNorm(D), Pooling(c.pooling, D)
+        self.embed_layer = nn.Linear(self.pool.width, c.width)
+        classes = c.classes + sum(c.others or [])
+        self.classify = nn.Sequential(
+            nn.ReLU(), nn.Dropout(c.dropout), nn.Linear(c.width, classes))
+        if c.rated: self.rate = nn.Linear(c.width, c.rated)
 
     @classmethod
     def origin(cls, config: EncoderConfig) -> Pretrained:

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..base import ModelOutput
 from ..conversations import Conversation, DataError
 from ..encoders.text import load_options
-from ..encoders.utterance import EncoderConfig, UtteranceBatch, UtteranceData, UtteranceEncoder
+from ..encoders.utterance import (
+    EncoderConfig, UtteranceBatch, UtteranceData, UtteranceEncoder)
 from ..features.text import check_whole
 from ..losses import LossParts
 
@@ -29,12 +30,14 @@ class InstructErcConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        of_the_head = (
+            "pooling", "width", "dropout", "gamma", "reduction", "head_rate", "contrast",
+            "temperature", "rating_weight", "rated", "others")
         for f in fields(EncoderConfig):
-            unused = ("pooling", "width", "dropout", "gamma", "reduction", "head_rate")
-            if f.name in unused and getattr(self, f.name) != f.default:
+            if f.name in of_the_head and getattr(self, f.name) != f.default:
                 raise DataError(
                     f"{f.name} is {getattr(self, f.name)!r}, and a prompted model has no head",
-                    f"Leave {f.name} out.")
+                    "Leave it out.")
         if self.context < 0 or self.max_tokens < 32:
             raise DataError(
                 f"context is {self.context} and max_tokens {self.max_tokens}",

@@ -25,6 +25,7 @@ from ..files import read_json, sha256_file, write_json
 from ..features.pipeline import contents
 from ..features.store import Extractor, FeatureStore
 from ..models import parse_changes
+from ..systems import InstructErc  # enters itself into ENCODERS
 from .folder import (
     begin_run, check_corpus, check_seeds, corpus_settings, first_process, read_log, summarise_run,
     temporary_folder, train_seed)
@@ -130,6 +131,12 @@ TUNING = {  # modality -> preset -> corpus, or "" for all -> changes to Training
             "": dict(epochs=3, batch_size=8, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True)
         },
     },
+    "prompt": {
+        "paper": {"": dict(epochs=6, batch_size=8, lr=2e-4, buckets=True)},
+        "cpu": {
+            "": dict(epochs=3, batch_size=8, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True)
+        },
+    },
 }
 
 # %% ../../nbs/604_tuning.ipynb #26154609
@@ -177,7 +184,8 @@ def start_from(
 
 # %% ../../nbs/604_tuning.ipynb #c9e3ebdf
 def tune(
-    modality: str,                        # "text" or "speech"
+    # "text" or "speech"; "prompt": a language model that answers, as InstructERC does it
+    modality: str,
     encoder: str,                         # "minilm", "mpnet" (text), a name on the hub, a folder
     corpus: str|Corpus,                   # "meld", ..., a path to your own table, or a corpus
     data: str|Path|None = None,           # where the corpora lie, when `corpus` is a name
@@ -292,6 +300,10 @@ def embed(
 ) -> FeatureStore:
     """Embed every utterance; with a cross-fitted run each training conversation by the encoder
     that was not tuned on it, turned into the space of the one tuned on all."""
+    if run.modality == "prompt":
+        raise DataError(
+            f"{run.folder} holds a prompted language model, which gives no embeddings",
+            "Tune one as an encoder: erc_moe tune --modality text.")
     if others not in ("whole", "mean") or (others == "mean" and not run.folds):
         raise DataError(
             f"others={others!r}", "Say 'whole', or 'mean' for a run that was tuned with folds.")
