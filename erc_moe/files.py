@@ -40,6 +40,9 @@ def atomic_write(
             f.flush()
             os.fsync(f.fileno())
         _appear(partial, path)
+    except OSError as e:
+        if e.filename == str(partial): e.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

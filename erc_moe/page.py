@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .colors import emotion_color, expert_color, ink
-from .conversations import Conversation
+from .conversations import Conversation, DataError
 from .features.store import atomic_write
 from .page_sound import Sound, conversation_sound, opus
 
@@ -263,9 +263,10 @@ def make_views(
     views, room = [], EMBEDDED
     for n, part in enumerate(said.split()):
         heard = conversation_sound(part.conversations[0]) if sound else None
-        source, told = None, ""
-        if heard:
-            packed = opus(heard)
+        source, told, packed = None, heard.told if heard else "", b""
+        try: packed = opus(heard) if heard and heard.length else b""
+        except DataError as e: told = f"The sound cannot be heard here: {e.problem}."
+        if packed:
             if len(packed) <= room:
                 room -= len(packed)
                 source = Markup("data:audio/ogg;base64," + base64.b64encode(packed).decode())
@@ -273,6 +274,7 @@ def make_views(
                 beside = path.with_name(f"{path.stem}{f'.{n + 1}' if n else ''}.opus")
                 atomic_write(beside, packed)
                 source = quote(beside.name)
-            else: told = "The sound is too long for a page: write the page to a file to hear it."
-        views.append(conversation_view(part, n, heard, source, told))
+            else:
+                told += " The sound is too long for a page: write the page to a file to hear it."
+        views.append(conversation_view(part, n, heard if packed else None, source, told.strip()))
     return views

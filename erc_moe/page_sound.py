@@ -14,7 +14,8 @@ from importlib.util import find_spec
 import numpy as np
 import soundfile
 
-from .conversations import Clip, Conversation
+from .conversations import Clip, Conversation, DataError
+from .corpora.files import some
 from .recordings.sound import SHORTEST, read_sound, sound_length
 
 # %% ../nbs/609_page_sound.ipynb #4d69a740
@@ -25,6 +26,7 @@ class Sound:
     pieces: Callable[[], Iterable[np.ndarray]]       # makes float32 (T,) pieces in their order
     spans: list[tuple[float, float]|None]            # N: from and to, in seconds; None: no sound
     length: float                                    # seconds
+    told: str = ""                                   # what is missing from it
 
 # %% ../nbs/609_page_sound.ipynb #c4bff1b4
 def clip_sound(
@@ -34,15 +36,19 @@ def clip_sound(
 ) -> Sound|None:            # None where no utterance has a clip
     "The clips of a conversation, one after the other."
     if not any(u.audio for u in conv.utterances): return None
-    gap, clips, spans, at = np.zeros(round(pause*rate), np.float32), [], [], 0
+    gap, clips, spans, lost, at = np.zeros(round(pause*rate), np.float32), [], [], [], 0
     for u in conv.utterances:
         spans.append(None)
         if u.audio is None: continue
-        clip = read_sound(u.audio, rate, u.id)[0]                                           # (T,)
+        try: clip = read_sound(u.audio, rate, u.id)[0]                                      # (T,)
+        except DataError:
+            lost.append(u.id)
+            continue
         spans[-1] = (at/rate, (at + len(clip))/rate)
         clips += [clip, gap]
         at += len(clip) + len(gap)
-    return Sound(rate, lambda: clips, spans, at/rate)
+    told = f"Turns whose sound cannot be read: {len(lost)} ({some(lost)})." if lost else ""
+    return Sound(rate, lambda: clips, spans, at/rate, told)
 
 # %% ../nbs/609_page_sound.ipynb #e7708c2b
 def recording_sound(

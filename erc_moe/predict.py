@@ -22,7 +22,7 @@ import erc_moe
 from .checkpoints import push_folder
 from .conversations import Conversation, DataError, Utterance
 from .corpora.core import Corpus, FeatureTable
-from .corpora.files import read_table
+from .corpora.files import TABLES, read_rows
 from .encoders.merged import MergedTextEncoder, can_merge
 from .features.attach import attach
 from .features.pipeline import FeaturePipeline
@@ -59,6 +59,15 @@ def is_chat(
     return isinstance(what, str) and ("\n" in what.strip() or ": " in first)
 
 # %% ../nbs/605_predict.ipynb #bea837c4
+def _conversations(path):
+    "Conversation -> its place in a table that says which row is of which; {} for other files."
+    if path.suffix.lower() not in TABLES: return {}
+    from erc_moe.corpora.own import column_kind         # brings pandas
+    try: names, rows, _ = read_rows(path)
+    except DataError: return {}         # told by the reader that takes it instead
+    at = [i for i, name in enumerate(names) if column_kind(name) == "conversation"]
+    return {row[i]: n for i in at for n, row in reversed([*enumerate(rows)])}
+
 def _read_words(what, transcript):
     if is_chat(what):
         from erc_moe.recordings.transcripts import read_chat    # a run's own corpus needs no reader
@@ -66,20 +75,16 @@ def _read_words(what, transcript):
         turns = [(t.speaker, t.text) for t in read_chat(what, "the chat", told)]
         return *read_conversations(turns)[:2], told
     path = Path(what)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", "Name a table, a transcript or a recording.")
     if not path.is_file():
         raise DataError(f"there is no file {path}",
                         "Check the path; a chat is pasted as text, a line per turn: NAME: words.")
-    if (
-        transcript is None
-        and path.suffix in (".csv", ".jsonl")
-        and "conversation" in read_table(path, [])
-    ):
+    if transcript is None and (order := _conversations(path)):
         from erc_moe.corpora.own import load_own
         corpus = load_own(path, splits=False)
-        order = list(dict.fromkeys(read_table(path, [])["conversation"]))
         return (
-            sorted(corpus.conversations, key=lambda c: order.index(c.id)), corpus.arrays,
-            corpus.faults)
+            sorted(corpus.conversations, key=lambda c: order[c.id]), corpus.arrays, corpus.faults)
     from erc_moe.recordings.core import load_recording
     corpus = load_recording(None, path) if transcript is None else load_recording(path, transcript)
     return corpus.conversations, corpus.arrays, corpus.faults
@@ -149,10 +154,12 @@ class Predictor:
         if seed is not None and seed not in self.models:
             raise DataError(
                 f"there is no seed {seed}", f"There are {', '.join(map(str, self.models))}.")
+        for m in self.encoders.keys() & {*(sources or {})}:
+            raise DataError(f"the model makes its {m} features itself", f"Leave --{m} out.")
         conversations, beside, told = read_conversations(what, transcript)
         if not conversations: raise DataError("there is no conversation", "Give one at least.")
         arrays = {**beside, **(arrays or {})}
-        for m in self.encoders.keys() - {*without, *(sources or {})}:
+        for m in self.encoders.keys() - {*without}:
             arrays[f"{m} encoder"] = self.embeddings(m, conversations)
         bare = [_unlabelled(c) for c in conversations]
         pipeline = replace(self.pipeline, missing=missing or self.pipeline.missing)

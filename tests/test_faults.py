@@ -7,27 +7,33 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
+from test_download import CONTENT, FILE, server  # noqa: F401 (a fixture)
+from test_importers import entries_of, laid_out, layout, small_corpus, write
 from test_training import make_corpus, run_tiny
 from test_tuning import encoder, table  # noqa: F401 (fixtures)
 
 from erc_moe import files
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
-from erc_moe.features import Extractor, FeatureStore, extract
+from erc_moe.corpora.download import fetch
+from erc_moe.features import Extractor, FeatureStore, extract, import_features
 
 FAULTS = ("killed before", "killed after", "disk full")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def in_child(work, at=0, fault=None, seconds=None):
-    """`work` in a process of its own, which ends or finds its disk full at its write number `at`,
-    or is killed after some seconds; its exit status and how many writes it made."""
+def begin(work, at=0, fault=None):
+    """`work` in a process of its own, which ends or finds its disk full at its write number `at`;
+    for `end`."""
     read, write = os.pipe()
     if not (pid := os.fork()):
         status, count, appear = 0, 0, files._appear
@@ -40,6 +46,8 @@ def in_child(work, at=0, fault=None, seconds=None):
             appear(partial, path)
             if fault == "killed after" and count == at: os._exit(9)
         files._appear = faulty
+        # tqdm's is one for all forks: who is killed while he holds it stops the others
+        tqdm.set_lock(threading.RLock())
         sys.stdout = sys.stderr = open(os.devnull, "w")
         torch.set_num_threads(1)
         try: work()
@@ -49,30 +57,26 @@ def in_child(work, at=0, fault=None, seconds=None):
         os.write(write, str(count).encode()[-4000:])
         os._exit(status)
     os.close(write)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
+    return pid, read
+
+
+def end(pid, read):
+    "The exit status, and how many writes were made, or the traceback."
     said = os.fdopen(read, "rb").read().decode()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
-def check_every_write(work, result, folder, step=1):
-    "`work(place)` fails at its writes 1, 1 + step, ... in every way, and then is called again."
-    status, writes = in_child(lambda: work(folder/"whole"))
-    assert status == 0, writes
-    whole, tried = result(folder/"whole"), 0
-    for at in range(1, int(writes) + 1, step):
-        for fault in FAULTS:
-            place = folder/f"{at}-{fault.replace(' ', '-')}"
-            status, said = in_child(lambda: work(place), at, fault)
-            assert status == (28 if fault == "disk full" else 9), (at, fault, said)
-            status, said = in_child(lambda: work(place))
-            assert status == 0, (at, fault, said)
-            assert result(place) == whole, (at, fault)
-            tried += 1
-    assert tried >= 3
-    return tried
+def in_child(work, at=0, fault=None): return end(*begin(work, at, fault))
 
+
+def killed_after(seconds, work):
+    pid, read = begin(work)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return end(pid, read)
+
+
+# What is stopped, and what must come out of it whole
 
 def run_bits(folder):
     "What must not depend on how often a run was stopped."
@@ -91,13 +95,19 @@ def store_bits(folder):
     return sorted(store.ids), store.absent, values.tobytes(), present.tobytes(), store.made_from
 
 
+def import_bits(folder):
+    record = (folder/"import.json").read_bytes()
+    assert not [*folder.glob("*.partial")]
+    return record, {m: store_bits(folder/m) for m in json.loads(record)["widths"]}
+
+
 @pytest.fixture(scope="module")
 def corpus(): return make_corpus()
 
 
-def train_tiny(corpus, place):
+def train_tiny(corpus, place, seeds=2):
     run_tiny(
-        corpus, place, seeds=2, changes=dict(epochs=3, ema=.9), checkpoint_seconds=0,
+        corpus, place, seeds=seeds, changes=dict(epochs=3, ema=.9), checkpoint_seconds=0,
         cache=place.parent/"cache")
 
 
@@ -111,42 +121,98 @@ def extract_sample(place):
         FeatureStore(place, Extractor("length", "1", 2)), items, measure, rows=10, content=content)
 
 
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_training_survives_every_write(corpus, tmp_path, step):
-    check_every_write(lambda place: train_tiny(corpus, place), run_bits, tmp_path, step)
-
-
-def test_an_extraction_survives_every_write(tmp_path):
-    check_every_write(extract_sample, store_bits, tmp_path)
-
-
-@pytest.mark.slow
-def test_a_tuning_and_its_embedding_survive_every_write(encoder, table, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def lives(corpus, encoder, table, tmp_path_factory):  # noqa: F811
+    "Command -> (its work in a folder, what must come out)."
+    from erc_moe.experiments import Ledger, reproduce
     from erc_moe.training.tuning import TunedRun, embed, tune
-    corpus = load_corpus(table)
-    def work(place):
-        tune("text", str(encoder), corpus, seeds=1, folds=2, out=place, device="cpu",
+    from test_experiments import TABLE
+    own, base = load_corpus(table), tmp_path_factory.mktemp("lives")
+
+    def tune_tiny(place):
+        tune("text", str(encoder), own, seeds=1, folds=2, out=place, device="cpu",
              checkpoint_seconds=0, progress=False,
              changes=dict(width=8, frozen_layers=0, epochs=1, batch_size=8))
-    check_every_write(work, run_bits, tmp_path/"tune", 3)
-    run = TunedRun(tmp_path/"tune"/"whole")
-    check_every_write(
-        lambda place: embed(run, corpus, place, device="cpu", chunk=6), store_bits,
-        tmp_path/"embed")
 
+    @cache
+    def tuned():
+        status, said = in_child(lambda: tune_tiny(base/"tuned"))
+        assert status == 0, said
+        return TunedRun(base/"tuned")
 
-@pytest.mark.slow
-def test_a_reproduction_survives_every_write(tmp_path):
-    from erc_moe.experiments import reproduce
-    from test_experiments import TABLE, scores
-    def work(place):
-        return reproduce([TABLE], results=place/"records", workers=1, seeds=1, device="cpu",
-                         work=place/"work", tell=lambda line: None)
-    def result(place):
-        from erc_moe.experiments import Ledger
+    def embed_tiny(place): embed(tuned(), own, place, device="cpu", chunk=6)
+
+    def reproduce_tiny(place):
+        reproduce([TABLE], results=place/"records", workers=1, seeds=1, device="cpu",
+                  work=place/"work", tell=lambda line: None)
+
+    def scores(place):
         found = Ledger(place/"records")
         return {c.identity: found.find(c)["strict"] for c, _ in TABLE.cells(seeds=1)}
-    check_every_write(work, result, tmp_path, 3)
+
+    features = small_corpus("iemocap")
+    pickled = write(base/"f.pkl", laid_out(entries_of(features), layout("sdt-iemocap")))
+    def of(name):
+        if name == "embed": tuned()
+        return dict(
+            train=(lambda place: train_tiny(corpus, place), run_bits),
+            tune=(tune_tiny, run_bits), embed=(embed_tiny, store_bits),
+            extract=(extract_sample, store_bits), reproduce=(reproduce_tiny, scores),
+            **{"import": (lambda place: import_features(pickled, features, place), import_bits)}
+        )[name]
+    return of
+
+
+def run_whole(work, result, folder):
+    "What comes out of an undisturbed run, its writes, and its seconds."
+    for place in ("first", "whole"):     # the first fills caches, so that all others write alike
+        began = time.monotonic()
+        status, writes = in_child(lambda: work(folder/place))
+        assert status == 0, writes
+    return result(folder/"whole"), int(writes), time.monotonic() - began
+
+
+SLOW = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name,step", [
+    ("train", 7), ("extract", 1), ("import", 1), SLOW("train", 1), SLOW("tune", 1),
+    SLOW("embed", 1), SLOW("reproduce", 1)])
+def test_every_write(lives, tmp_path, name, step):
+    "The work fails at its writes 1, 1 + step, ... in every way, and then is called again."
+    work, result = lives(name)
+    whole, writes, _ = run_whole(work, result, tmp_path)
+    tried = 0
+    for at in range(1, writes + 1, step):
+        for fault in FAULTS:
+            place = tmp_path/f"{at}-{fault.replace(' ', '-')}"
+            status, said = in_child(lambda: work(place), at, fault)
+            assert status == (28 if fault == "disk full" else 9), (at, fault, said)
+            status, said = in_child(lambda: work(place))
+            assert status == 0, (at, fault, said)
+            assert result(place) == whole, (at, fault)
+            tried += 1
+    assert tried >= 3
+    print(f"{name}: {tried} faults at {writes} writes")
+
+
+@pytest.mark.parametrize("name,kills", [
+    ("extract", 5), SLOW("train", 200), SLOW("tune", 40), SLOW("embed", 40), SLOW("extract", 40),
+    SLOW("reproduce", 40), SLOW("import", 40)])
+def test_random_kills(lives, tmp_path, name, kills):
+    work, result = lives(name)
+    whole, _, seconds = run_whole(work, result, tmp_path)
+    done, runs, rng = 0, 0, random.Random(0)
+    while done < kills:
+        place, runs = tmp_path/f"run-{runs}", runs + 1
+        for _ in range(8):
+            status, said = killed_after(rng.uniform(0, seconds), lambda: work(place))
+            assert status in (0, -signal.SIGKILL), said
+            done += status != 0
+        status, said = in_child(lambda: work(place))
+        assert status == 0, said
+        assert result(place) == whole
+    print(f"{name}: {done} kills in {runs} runs")
 
 
 def test_a_kill_at_once_locks_no_folder(corpus, tmp_path):
@@ -156,39 +222,45 @@ def test_a_kill_at_once_locks_no_folder(corpus, tmp_path):
     assert run_bits(tmp_path/"run")[3] == [0, 1]
 
 
-@pytest.mark.slow
-def test_two_hundred_random_kills(corpus, tmp_path):
-    status, said = in_child(lambda: train_tiny(corpus, tmp_path/"whole"))
-    assert status == 0, said
-    whole, kills, rng = run_bits(tmp_path/"whole"), 0, random.Random(0)
-    while kills < 200:
-        place = tmp_path/f"run-{kills}"
-        for _ in range(8):
-            status, said = in_child(
-                lambda: train_tiny(corpus, place), seconds=rng.uniform(0, 1.5))
-            assert status in (0, -signal.SIGKILL), said
-            kills += status != 0
-        status, said = in_child(lambda: train_tiny(corpus, place))
+def at_once(*works):
+    "All of them in processes of their own, at the same time."
+    for status, said in [end(*started) for started in [begin(work) for work in works]]:
         assert status == 0, said
-        assert run_bits(place) == whole
-    print(f"{kills} kills")
 
 
-def test_two_processes_in_one_folder_lose_no_seed(corpus, tmp_path):
-    place = tmp_path/"run"
-    train_seeds = lambda seeds: run_tiny(
-        corpus, place, seeds=seeds, changes=dict(epochs=2), cache=tmp_path/"cache")
-    pids = []
-    for seeds in ([0, 1, 2], [2, 3]):
-        if not (pid := os.fork()):
-            sys.stdout = sys.stderr = open(os.devnull, "w")
-            torch.set_num_threads(1)
-            try: train_seeds(seeds)
-            except BaseException: os._exit(1)
-            os._exit(0)
-        pids.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids] == [0, 0]
-    assert train_seeds([0]).seeds == [0, 1, 2, 3]
+@pytest.mark.parametrize("name,tries", [
+    ("embed", 1), ("import", 1), SLOW("embed", 20), SLOW("import", 20), SLOW("extract", 20),
+    SLOW("tune", 20), SLOW("reproduce", 20)])
+def test_two_processes_in_one_folder(lives, tmp_path, name, tries):
+    work, result = lives(name)
+    whole, _, _ = run_whole(work, result, tmp_path)
+    for i in range(tries):
+        place = tmp_path/f"both-{i}"
+        at_once(*[lambda: work(place)]*2)
+        assert result(place) == whole
+
+
+@pytest.mark.parametrize("tries", [1, SLOW(20)])
+def test_two_processes_in_one_run_lose_no_seed(corpus, tmp_path, tries):
+    train_tiny(corpus, tmp_path/"whole", [0, 1, 2, 3])
+    for i in range(tries):
+        place = tmp_path/f"run-{i}"
+        at_once(*(lambda s=s: train_tiny(corpus, place, s) for s in ([0, 1, 2], [2, 3])))
+        assert run_bits(place) == run_bits(tmp_path/"whole")
+
+
+@pytest.mark.parametrize("tries", [1, SLOW(20)])
+def test_two_processes_download_one_file(server, tmp_path, tries):  # noqa: F811
+    for i in range(tries):
+        server.limit = 100_000 if i % 2 else None         # breaks off: the next call goes on
+        def download():
+            for _ in range(4):
+                try: return fetch(FILE, tmp_path/f"{i}", server.address)
+                except DataError: pass
+            raise AssertionError("it never came")
+        at_once(download, download)
+        assert (tmp_path/f"{i}"/"rows.bin").read_bytes() == CONTENT
+        assert [p.name for p in (tmp_path/f"{i}").iterdir()] == ["rows.bin"]
 
 
 @pytest.mark.parametrize("name,fix", [

@@ -458,3 +458,16 @@ def test_a_manifest_names_files_of_its_folder_alone(tmp_path):
     for use in (lambda: store.repair(), lambda: FeatureStore(store.path)):
         with pytest.raises(DataError, match="which is no file of its folder"): use()
     assert (tmp_path/"precious.safetensors").read_bytes() == b"mine"
+
+
+def test_silent_and_clipped_sounds_are_told(tmp_path):
+    voice = np.sin(np.arange(8000)/9)/3
+    sounds = dict(a=voice, b=0*voice + 1e-6, c=np.clip(9*voice, -1, 1))
+    for name, x in sounds.items(): soundfile.write(tmp_path/f"{name}.wav", x, 8000, "FLOAT")
+    turns = [Utterance(n, "A", "Hm", "joy", audio=tmp_path/f"{n}.wav") for n in sounds]
+    corpus = Corpus("own", ["joy"], {"train": [Conversation("c", turns)]})
+    for cache in (tmp_path/"cache", tmp_path/"cache", False):       # computed, found, not kept
+        pipeline = FeaturePipeline({"speech": "egemaps"}).fit(corpus, cache=cache)
+        told = "\n".join(pipeline.apply(corpus, cache=cache).faults)
+        assert "speech sounds that are silent: 1 (b)." in told
+        assert "speech sounds that are clipped: 1 (c)." in told

@@ -380,7 +380,7 @@ def test_a_layout_fits_no_other_and_one_can_be_declared(tmp_path):
         tmp_path / "f.pkl", [entries[e] for e in ("visual", "speech", "labels", "sentences")])
     with pytest.raises(
         DataError,
-        match="fits no layout that is known for meld; it has 4 entries: 0 vectors of 12 .18., "
+        match="fits no known layout of meld; it has 4 entries: 0 vectors of 12 .18., "
         "1 vectors of 10",
     ):
         import_features(path, corpus, tmp_path/"out")

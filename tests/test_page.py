@@ -472,3 +472,13 @@ def test_no_html_is_put_together_without_escaping():
             if isinstance(node, ast.JoinedStr):
                 fixed = "".join(v.value for v in node.values if isinstance(v, ast.Constant))
                 assert not tag.search(fixed), f"{path.name}, line {node.lineno}: {fixed[:60]!r}"
+
+
+def test_a_turn_whose_sound_is_broken_is_shown_without_it(tmp_path):
+    scene = load_corpus("sample").splits["test"][0]
+    (tmp_path/"broken.wav").write_bytes(b"RIFF")
+    first, *rest = scene.utterances[:3]
+    broken = replace(first, audio=tmp_path/"broken.wav")
+    for turns in ([broken, *rest], [broken]):
+        page = predictions([Conversation("talk", turns)]).to_html()
+        assert "cannot be read: 1" in page and ("data:audio" in page) == (len(turns) > 1)

@@ -514,6 +514,16 @@ def test_rows_that_share_a_recording_need_times(talk, tmp_path):
         load_own(path)
 
 
+def test_a_sound_too_short_for_its_rows_is_told(tmp_path):
+    soundfile.write(tmp_path/"blip.wav", np.ones(2000, np.float32)/9, 8000)              # 0.25 s
+    for rows, refused in ((2, True), (3, False)):
+        (tmp_path/"t.csv").write_text("text,speaker,conversation,audio,label,split\n" + "".join(
+            f"a {i},A,c,blip.wav,joy,train\n" for i in range(rows)))
+        if refused:
+            with pytest.raises(DataError, match="serves 2 utterances"): load_own(tmp_path/"t.csv")
+        else: assert any("hears all of it" in f for f in load_own(tmp_path/"t.csv").faults)
+
+
 def test_a_video_is_heard_where_there_is_no_sound_file(talk, tmp_path):
     (tmp_path/"clip.mp4").write_bytes((talk[0]/"talk.mp4").read_bytes())
     (tmp_path/"t.csv").write_text("conversation,speaker,text,video\nc,A,Hi,clip.mp4\nc,B,Oh,\n")

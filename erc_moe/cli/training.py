@@ -159,6 +159,10 @@ def embed(args):
         help="densenet:NAME, a DenseNet on the Hugging Face hub or in a local folder, over "
         "video files or folders of face crops."),
     option(
+        "--trust-remote-code", action="store_true",
+        help="Run the Python code that comes with the text encoder, with your rights: only where "
+        "you have read it and trust it."),
+    option(
         "--missing", choices=["error", "absent"], default="error",
         help="What to do about a clip that cannot be read: stop and name it, or write down "
         "that it is absent (default: error)."),
@@ -173,11 +177,14 @@ def extract(args):
     from erc_moe.features.pipeline import contents
     if sum(map(bool, (args.text, args.speech, args.visual))) != 1:
         raise DataError("one kind of features at a time", "Give --text, --speech or --visual.")
+    if args.trust_remote_code and not args.text:
+        raise DataError("--trust-remote-code is for text encoders", "Give --text, or leave it out.")
     utterances = [
         u for c in load_corpus(args.corpus, args.data).conversations for u in c.utterances]
     if args.text:
         source, items = (
-            features.TextEncoder(args.text.removeprefix("hf:")),
+            features.TextEncoder(
+                args.text.removeprefix("hf:"), trust_remote_code=args.trust_remote_code),
             {u.id: u.text for u in utterances if u.text.strip()})
         compute = source.embed
     elif args.visual:

@@ -7,6 +7,7 @@ __all__ = ['beside', 'given', 'predict', 'typed', 'trained_on', 'evaluate', 'rep
 
 # %% ../../nbs/844_using_commands.ipynb #19bfccca
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,7 +33,15 @@ def beside(
 # %% ../../nbs/844_using_commands.ipynb #6955eb79
 def given(args):
     "The typed input as a predictor takes it: a chat, a path, or a recording."
-    if args.input == "-": return sys.stdin.buffer.read().decode("utf-8", "replace") + "\n"
+    if args.input == "-":
+        from erc_moe.corpora.encodings import decode
+        from erc_moe.predict import is_chat
+        try: text, guess = decode(sys.stdin.buffer.read(), "standard input")
+        except DataError as e: raise DataError(e.problem, "Paste it as UTF-8 text.") from e
+        if guess: print(guess.partition("; ")[0], file=sys.stderr)
+        if not is_chat(text):
+            raise DataError("standard input holds no chat", "Write a turn a line: NAME: words.")
+        return text + "\n"
     if (args.listen, args.channel, args.speakers) == (None, None, None): return args.input
     from erc_moe.recordings import load_recording
     sound, transcript = args.input, args.transcript
@@ -142,10 +151,11 @@ def predict(args):
     page = out.with_suffix(".html")
     inputs = [f for f in (args.input, args.transcript, args.speakers) if f and f != "-"]
     for path in (out, page):
-        if any(path.resolve() == Path(f).resolve() for f in inputs):
+        if any(os.path.realpath(path) == os.path.realpath(f) for f in inputs):
             raise argparse.ArgumentTypeError(f"--out {path} is the input: name another file")
-    if args.listen is not None and args.transcript:
-        raise argparse.ArgumentTypeError("--listen and --transcript: give one of them")
+    for other, name in ((args.transcript, "--transcript"), (args.speakers, "--speakers")):
+        if args.listen is not None and other:
+            raise argparse.ArgumentTypeError(f"--listen and {name}: give one of them")
     from erc_moe import load
     predictions = load(args.model).predict(
         given(args), args.transcript, without=tuple(args.without), seed=args.seed,

@@ -95,11 +95,18 @@ def read_arrays(
     # a file can be damaged in any way, and so fail in any way
     except Exception as e:
         why = getattr(e, "strerror", None) or f"{e}" or type(e).__name__
+        if path.is_file() and _begins(path, b"version https://git-lfs"):
+            raise DataError(
+                f"the feature file {path.name} is a git-lfs pointer, the file itself is missing",
+                f"Fetch it with: git -C {path.parent} lfs pull") from e
         raise DataError(
             f"the feature file {path.name} is damaged or of another kind ({why:.200})",
             "Write it again as .npy or .safetensors, with numbers alone.") from e
 
 # %% ../../nbs/801_corpora.ipynb #3fddbedb
+def _begins(path, start):
+    with open(path, "rb") as f: return f.read(len(start)) == start
+
 def _check_header(path):
     with open(path, "rb") as f:
         version = np.lib.format.read_magic(f)

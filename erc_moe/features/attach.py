@@ -56,7 +56,8 @@ def attach(
         *(
             m
             for m in optional
-            if m in widths and not observable(pipeline.parts[m], utterances, arrays))}
+            if m in widths and m not in (sources or {})
+            and not observable(pipeline.parts[m], utterances, arrays))}
     parts = {m: p for m, p in pipeline.parts.items() if m not in absent}
     left = replace(pipeline, parts=parts).with_sources(sources or {})
     for m, p in ((m, p) for m, parts in left.parts.items() for p in parts if p.kind == "store"):

@@ -119,8 +119,9 @@ def why_not(
     if "trust_remote_code" in text:
         return DataError(
             f"the encoder {name!r} needs Python code of its author's, which is not run here",
-            "Take another encoder; or read that code, and embed with "
-            f"TextEncoder({name!r}, trust_remote_code=True), which runs it with your rights.")
+            "Take another encoder; or read that code, and let it run with your rights: erc_moe "
+            f"extract --text hf:{name} --trust-remote-code --corpus NAME --out STORE, then --text "
+            "STORE (in Python: TextEncoder(..., trust_remote_code=True)).")
     if "couldn't connect" in text or "offline mode" in text:
         return DataError(
             f"the encoder {name!r} cannot be had: it is not on this machine, and the hub is out of "

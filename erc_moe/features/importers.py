@@ -24,8 +24,7 @@ from .layouts import (
 from .pickles import read_pickle
 from .pipeline import contents
 from .store import Extractor, FeatureStore
-from ..files import cache_folder
-from ..files import atomic_write, locked, read_json
+from ..files import atomic_write, cache_folder, clear_partials, locked, read_json
 
 # %% ../../nbs/507_feature_files.ipynb #3d141064
 def _named(number, order):
@@ -267,6 +266,7 @@ def import_features(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = Path(out) if out else cache_folder(cache)/"imported"/name
     with locked(folder/".lock", folder):
+        for place in (folder, *folder.glob("*/")): clear_partials(place)
         if not (folder/"import.json").exists():
             value = read_pickle(paths[0])
             if len(paths) > 1: value = [*value, *map(read_pickle, paths[1:])]

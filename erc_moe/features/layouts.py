@@ -161,7 +161,7 @@ def find_layout(
     if layout: problem = f"the file does not fit the layout {getattr(layout, 'name', layout)}"
     elif mine: problem = f"more than one layout fits the file ({some(l.name for l, _ in mine)})"
     elif fits: problem = f"the file fits {some(l.name for l, _ in fits)}, but no layout of {corpus}"
-    else: problem = f"the file fits no layout that is known for {corpus}"
+    else: problem = f"the file fits no known layout{f' of {corpus}' if corpus else ''}"
     raise DataError(
         f"{problem}; it has {describe(value)}",
         "Name its layout, or declare one: FileLayout(name, corpus, entries).")

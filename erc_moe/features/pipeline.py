@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors, save as save_tensors
 from ..conversations import Conversation, DataError, Utterance
 from ..corpora.core import Corpus, FeatureTable, read_features, some
 from .prosody import PROSODY8, Prosody8
-from .speech import OPENSMILE_SETS, OpenSmile
+from .speech import OPENSMILE_SETS, SOUND_FAULTS, OpenSmile, SoundCheck
 from .store import FeatureStore, extract
 from .published import PUBLISHED
 from ..files import atomic_write, cache_folder, read_json, sha256_file
@@ -217,6 +217,17 @@ def _kind(source, arrays, modality):
         f"Name it as --{made_for} {source}")
 
 # %% ../../nbs/806_feature_pipeline.ipynb #6a2b38d3
+def _spoken(measures, utterances, ids, cache, missing, progress):
+    "Rows of what is measured of sound, with what a listener should know of it."
+    heard = {u.id: u.audio for u in utterances if u.audio}
+    rows = _extracted(measures, measures.rows, heard, ids, cache, missing, progress)
+    check = SoundCheck(measures.workers)
+    found = _extracted(check, check.rows, heard, ids, cache, "absent", False).values[:, 0]
+    for place, fault in enumerate(SOUND_FAULTS):
+        odd = [i for i, f in zip(ids, found) if f == place]
+        if fault and odd: rows.told.append(f"sounds that are {fault}: {len(odd)} ({some(odd)}).")
+    return rows
+
 def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
     "Rows of one term of a source for `utterances`."
     ids = [u.id for u in utterances]
@@ -227,10 +238,7 @@ def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
         rows.told += encoder.notes(said)
         return rows
     if kind == "opensmile":
-        smile = OpenSmile(source)
-        return _extracted(
-            smile, smile.rows, {u.id: u.audio for u in utterances if u.audio}, ids, cache, missing,
-            progress)
+        return _spoken(OpenSmile(source), utterances, ids, cache, missing, progress)
     if kind == "densenet":
         encoder = DenseNetEncoder(source.removeprefix("densenet:"))
         return _extracted(
@@ -249,10 +257,8 @@ def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
     if kind == "file":
         return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)
     if source == "prosody8" and source not in arrays:
-        heard = {u.id: u.audio for u in utterances if u.audio}
-        if heard:
-            praat = Prosody8()
-            rows = _extracted(praat, praat.rows, heard, ids, cache, missing, progress)
+        if any(u.audio for u in utterances):
+            rows = _spoken(Prosody8(), utterances, ids, cache, missing, progress)
             pitch = rows.values[:, PROSODY8.index("avg_pitch")]
             if mute := [u for u, p, hz in zip(ids, rows.present, pitch) if p and np.isnan(hz)]:
                 rows.told.append(f"prosody8, utterances without a voice in their sound: "

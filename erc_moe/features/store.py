@@ -74,6 +74,8 @@ class FeatureStore:
         manifest = read_json(self._manifest, fix, ("extractor", "shards"))
         try:
             self.extractor, self.shards = Extractor(**manifest["extractor"]), manifest["shards"]
+            if not all({"file", "sha256"} <= s.keys() for s in self.shards):
+                raise ValueError("a shard without its file")
             newest = [*reversed(list(enumerate(self.shards)))]
             self._rows = {i: (n, row) for n, s in newest for row, i in enumerate(s["ids"])}
             self.absent = {

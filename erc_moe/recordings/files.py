@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from ..conversations import DataError
+from ..errors import DataError, shorten
 
 # %% ../../nbs/509_sound_files.ipynb #744bf93d
 class Mixer:
@@ -110,10 +110,11 @@ def decoded_blocks(
         with av.open(f"file:{path}", metadata_errors="replace",
                      options=dict(format_whitelist=FORMATS, protocol_whitelist="file")) as file:
             if not file.streams.audio: raise fault("its file holds no sound, only pictures")
+            if file.streams.audio[0].codec_context is None:
+                raise fault("its sound is of a kind that FFmpeg cannot decode")
             yield from _placed(file, file.streams.audio[0], av, fault)
     except (av.FFmpegError, OSError) as e:
-        reason = (e.strerror or str(e)).splitlines()[0]
-        raise fault(f"its audio file cannot be read: {reason}") from e
+        raise fault(f"its audio file cannot be read: {shorten(e.strerror or str(e), 200)}") from e
 
 def _placed(file, track, av, fault):
     rate, zero, count, lead = track.rate, max(file.start_time or 0, 0)/1e6, 0, 0

@@ -112,11 +112,12 @@ TIMED = {".srt": read_subtitles, ".vtt": read_subtitles, ".ass": read_subtitles,
 # %% ../../nbs/512_subtitles.ipynb #e3f4ddeb
 def read_rttm(
     path: Path,
+    told: list[str]|None = None,   # gets a sentence where the encoding is a guess
 ) -> list[Turn]:   # speaker, start, end; no words
     "Who speaks when: the SPEAKER lines of an RTTM file."
     if not path.is_file(): raise DataError(f"the file {path} does not exist", "Correct the path.")
     turns, recordings = [], set()
-    for number, line in enumerate(read_text(path, []).splitlines(), 1):
+    for number, line in enumerate(read_text(path, told).splitlines(), 1):
         fields = line.split()
         if not fields or fields[0] != "SPEAKER": continue
         try:
@@ -133,26 +134,27 @@ def read_rttm(
 
 def read_words(
     path: Path,
+    told: list[str]|None = None,   # gets a sentence where the encoding is a guess
 ) -> list[Turn]|None:   # a word each, with its times; None: the file has no words with times
     "Words of a CTM file, or of a recogniser's JSON that has times for words."
     if path.suffix.lower() == ".ctm":
-        lines = [line.split() for line in read_text(path, []).splitlines()]
+        lines = [line.split() for line in read_text(path, told).splitlines()]
         try: return [Turn("", f[4], float(f[2]), float(f[2]) + float(f[3]))
                      for f in lines if f and not f[0].startswith(";;")]
         except (IndexError, ValueError) as e:
             raise DataError(f"{path.name} is no CTM file",
                             "Write lines: file channel start duration word.") from e
     if path.suffix.lower() != ".json": return None
-    content = read_json(path)
+    content = read_json(path, told)
     segments = content.get("segments", []) if isinstance(content, dict) else []
-    words = [w for s in segments if isinstance(s, dict) for w in s.get("words") or []]
     turns, before = [], 0.0
     try:
+        words = [w for s in segments if isinstance(s, dict) for w in s.get("words") or []]
         for w in words:       # WhisperX gives numbers no time: they stand where the last word ended
             start = float(w.get("start", before))
             before = float(w.get("end", start))
             turns.append(Turn("", str(w.get("word", w.get("text"))).strip(), start, before))
-    except (TypeError, ValueError, AttributeError) as e:
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise DataError(f"{path.name}: a word's start or end is no number", "Give seconds.") from e
     return turns or None
 

@@ -6,7 +6,9 @@
 __all__ = ['claimed_seconds', 'find_sounds']
 
 # %% ../../nbs/515_recordings_in_tables.ipynb #98c5a0db
+import math
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +16,7 @@ import soundfile
 
 from ..conversations import Clip, DataError
 from .files import FORMATS
-from .sound import SLACK
+from .sound import SHORTEST, SLACK
 from .transcripts import parse_seconds
 
 # %% ../../nbs/515_recordings_in_tables.ipynb #2376bfea
@@ -48,18 +50,22 @@ def find_sounds(
     times = [(_seconds(s, "start", *p), _seconds(e, "end", *p))
              for p, s, e in zip(places, column("start"), column("end"))]
     channels = [_channel(cell, *p) for p, cell in zip(places, column("channel"))]
-    hears = {v: claimed_seconds(v) for a, v in zip(audio, video) if a is None and v and v.is_file()}
+    length = cache(claimed_seconds)
+    hears = {v: length(v) for a, v in zip(audio, video) if a is None and v and v.is_file()}
     audio = [v if a is None and hears.get(v) is not None else a for a, v in zip(audio, video)]
     uses, watched = Counter(filter(None, audio)), Counter(filter(None, video))
     sounds = []
     for place, file, (start, end), channel in zip(places, audio, times, channels):
         if file is None: sounds.append(None)
-        elif _is_stretch(file, uses[file], start, end, place):
+        elif _is_stretch(file, uses[file], start, end, place, length):
             sounds.append(_clip(place, file, start, end, channel))
         else: sounds.append(file if channel is None else _clip(place, file, 0.0, None, channel))
     cut = sum(isinstance(s, Clip) and not s.whole for s in sounds)
     shared = [v is not None and v.is_file() and watched[v] > 1 for v in video]
+    whole = sum(uses[s] > 1 for s in sounds if not isinstance(s, Clip))
     told = [(cut, f"utterances cut out of a longer recording by start and end: {cut}."),
+            (whole, f"utterances that share a sound too short to hold them all: {whole}; each "
+             "hears all of it."),
             (any(shared), f"videos that serve several utterances: {sum(shared)}; faces are not cut "
              "out of them and count as not observed.")]
     return pd.DataFrame(dict(
@@ -67,14 +73,16 @@ def find_sounds(
         video=pd.Series([None if s else v for s, v in zip(shared, video)], dtype=object),
         start=[s for s, _ in times], end=[e for _, e in times])).set_index(table.index), told
 
-def _is_stretch(file, rows, start, end, place):
-    if rows > 1 and None in (start, end):
-        raise DataError(f"its sound {file.name} serves {rows} utterances, and it has no start and "
-                        "end", "Give columns start and end (seconds), or a file per utterance.",
-                        *place)
+def _is_stretch(file, rows, start, end, place, length):
+    if None in (start, end):
+        if rows > 1 and (length(file) or math.inf) > rows*SHORTEST:
+            raise DataError(
+                f"its sound {file.name} serves {rows} utterances, and it has no start and end",
+                "Give columns start and end (seconds), or a file per utterance.", *place)
+        return False
     if rows > 1: return True
-    if None in (start, end) or (claimed := claimed_seconds(file)) is None: return False
-    return claimed > end - start + 1 and end <= claimed + SLACK
+    claimed = length(file)
+    return claimed is not None and claimed > end - start + 1 and end <= claimed + SLACK
 
 # %% ../../nbs/515_recordings_in_tables.ipynb #47bdb80e
 def _file(folder, what, conversation, id, cell):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..conversations import DataError
 from ..corpora.encodings import read_text
-from ..corpora.files import read_rows
+from ..corpora.files import SHEETS, UNWRITABLE, read_rows
 
 # %% ../../nbs/511_transcripts.ipynb #59baa699
 @dataclass(frozen=True)
@@ -98,18 +98,17 @@ def turns_of_rows(
     def seconds(number, row, kind):
         cell = row.get(columns.get(kind))
         try: time = parse_seconds(cell)
-        except ValueError:
-            raise DataError(f"{file}, turn {number}: its {kind} {cell!r} is no time",
+        except (ValueError, OverflowError):
+            raise DataError(f"{file}, turn {number}: its {kind} {cell!r:.60} is no time",
                             "Write seconds (83.5) or h:mm:ss.") from None
         return time/1000 if time is not None and columns[kind].lower().endswith("ms") else time
     turns = []
     for number, row in enumerate(rows, 1):
         start, end, lasts = (seconds(number, row, k) for k in ("start", "end", "duration"))
         if end is None and None not in (start, lasts): end = start + lasts
-        who = row.get(columns.get("speaker"))
-        words = row.get(columns["text"])
-        turns.append(Turn("" if who is None else str(who).strip(),
-                          "" if words is None else str(words).strip(), start, end))
+        said = lambda cell: "" if cell is None or cell != cell else str(cell).strip()      # NaN
+        turns.append(Turn(said(row.get(columns.get("speaker"))), said(row.get(columns["text"])),
+                          start, end))
     return turns
 
 # %% ../../nbs/511_transcripts.ipynb #9545681b
@@ -133,7 +132,7 @@ def _plain(row):
     row = dict(row)
     times = row.pop("offsets", None)                                      # whisper.cpp: ms
     if isinstance(times, dict):
-        row |= dict(start=times.get("from", 0)/1000, end=times.get("to", 0)/1000)
+        row |= dict(start_ms=times.get("from", 0), end_ms=times.get("to", 0))
         row.pop("timestamps", None)
     for key in ("author", "user_profile", "sender", "from"):              # Discord, Slack
         if isinstance(who := row.get(key), dict):
@@ -141,7 +140,8 @@ def _plain(row):
     if row.get("user_profile"): row["user"] = row["user_profile"]
     for key in ("text", "content"):                                       # Telegram: pieces
         if isinstance(pieces := row.get(key), list):
-            row[key] = "".join(p if isinstance(p, str) else str(p.get("text", "")) for p in pieces)
+            row[key] = "".join(
+                str(p.get("text", "")) if isinstance(p, dict) else str(p) for p in pieces)
     if "date" in row or "ts" in row or isinstance(row.get("timestamp"), str):
         row = {k: v for k, v in row.items() if k not in ("timestamp", "time")}
     return {k: v for k, v in row.items() if not isinstance(v, (dict, list))}
@@ -203,6 +203,9 @@ def check_turns(
                  if len(times) == 2 and turn.end <= turn.start and turn.text else None)
         if wrong:
             raise DataError(f"{file}, turn {number}: {wrong}", "Correct start and end (seconds).")
+        if UNWRITABLE.search(turn.speaker + turn.text):
+            raise DataError(f"{file}, turn {number} holds half a character (a surrogate) or NUL",
+                            "Write its text again.")
     kept = [t for t in turns if t.text.strip()]
     if not kept:
         raise DataError(f"{file} holds no turn with words", "Give a transcript of what is said.")
@@ -253,14 +256,14 @@ def read_transcript(
     if kind == ".rttm":
         raise DataError(f"{path.name} says who speaks when, and holds no words",
                         f"Give a transcript of words, and beside it: --speakers {path.name}")
-    words = read_words(path) if speakers else None
+    words = read_words(path, told) if speakers else None
     if words is not None: turns = words
     elif kind in TIMED: turns = TIMED[kind](path, told)
-    elif kind in (".csv", ".tsv", ".jsonl", ".ndjson"):
+    elif kind in (".csv", ".tsv", ".jsonl", ".ndjson", *SHEETS):
         names, rows, _ = read_rows(path, told)
         turns = turns_of_rows([dict(zip(names, row)) for row in rows], path.name, told)
     elif kind == ".json":
-        turns = turns_of_rows(rows_of_json(read_json(path), path.name), path.name, told)
+        turns = turns_of_rows(rows_of_json(read_json(path, told), path.name), path.name, told)
     elif kind in (".txt", ".text", ".log", ""):
         turns = read_chat(read_text(path, told), path.name, told)
     else:
@@ -268,11 +271,16 @@ def read_transcript(
                         f".jsonl, .json, .txt (a chat), {', '.join(TIMED)}. A recording needs "
                         "its transcript (--transcript talk.srt), or --listen base.")
     if speakers:
-        turns = give_speakers(turns, read_rttm(Path(speakers)), words is not None, path.name, told)
+        stretches = read_rttm(Path(speakers), told)
+        turns = give_speakers(turns, stretches, words is not None, path.name, told)
     return check_turns(turns, path.name, told)
 
-def read_json(path: Path):
+def read_json(
+    path: Path,
+    told: list[str],      # gets a sentence where the encoding is a guess
+):
     "Any JSON file's content."
-    try: return json.loads(read_text(path, []))
-    except (json.JSONDecodeError, RecursionError) as e:
+    text = read_text(path, told)
+    try: return json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise DataError(f"{path.name} is no JSON ({e})", "Save it again as JSON.") from e

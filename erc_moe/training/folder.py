@@ -259,7 +259,9 @@ def _summarise(folder, settings, asked, corpus, device, command):
             at[split]["weighted_f1"]["interval"] = interval(
                 [read_predictions(folder/f"seed-{s}", split, name) for s in seeds], corpus.labels)
     models = [p for s in seeds for p in sorted((folder/f"seed-{s}").glob("model*"))]
-    for place in (folder, *models): atomic_write(place/"README.md", model_card(summary).encode())
+    for place in (folder, *models):
+        clear_partials(place)
+        atomic_write(place/"README.md", model_card(summary).encode())
     write_json(folder/"summary.json", summary)
 
 # %% ../../nbs/822_run_folders.ipynb #11a2f6b6

@@ -163,13 +163,14 @@ class TrainingConfig:
                 raise DataError(
                     f"{name} is {getattr(self, name)!r}", f"It can be {' or '.join(allowed)}.")
         for name, low, high in (
-            ("epochs", 1, math.inf), ("batch_size", 1, math.inf),
-            ("accumulate", 1, math.inf), ("lr", 0, math.inf),
-            ("weight_decay", 0, math.inf), ("max_norm", 0, math.inf), ("warmup", 0, 1),
-            ("ema", 0, 1 - 1e-9), ("patience", 0, math.inf)):
+            ("epochs", 1, 1e6), ("batch_size", 1, 1e6),
+            ("accumulate", 1, 1e6), ("lr", 1e-12, 1e3),
+            ("weight_decay", 0, 1e3), ("max_norm", 0, 1e6), ("warmup", 0, 1),
+            ("ema", 0, 1 - 1e-9), ("patience", 0, 1e6)):
             if not low <= getattr(self, name) <= high:
                 raise DataError(
-                    f"{name} is {getattr(self, name)}", f"It must lie between {low} and {high}.")
+                    f"{name} is {getattr(self, name)}",
+                    f"It must lie between {low:.10g} and {high:.10g}.")
 
     def lr_at(self, step: int, steps: int) -> float:
         "The learning rate at `step` (0, 1, ...) of `steps`."
