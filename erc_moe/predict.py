@@ -60,12 +60,15 @@ def is_chat(
 
 # %% ../nbs/605_predict.ipynb #bea837c4
 def _conversations(path):
-    "Conversation -> its place in a table that says which row is of which; {} for other files."
-    if path.suffix.lower() not in TABLES: return {}
+    """Conversation -> its place, in a table that says more than who says what; None for other
+    files."""
+    if path.suffix.lower() not in TABLES: return None
     from erc_moe.corpora.own import column_kind         # brings pandas
     try: names, rows, _ = read_rows(path)
-    except DataError: return {}         # told by the reader that takes it instead
-    at = [i for i, name in enumerate(names) if column_kind(name) == "conversation"]
+    except DataError: return None       # told by the reader that takes it instead
+    kinds = [column_kind(name) for name in names]
+    if not {"conversation", "audio", "video", "order"} & {*kinds}: return None
+    at = [i for i, kind in enumerate(kinds) if kind == "conversation"]
     return {row[i]: n for i in at for n, row in reversed([*enumerate(rows)])}
 
 def _read_words(what, transcript):
@@ -80,11 +83,11 @@ def _read_words(what, transcript):
     if not path.is_file():
         raise DataError(f"there is no file {path}",
                         "Check the path; a chat is pasted as text, a line per turn: NAME: words.")
-    if transcript is None and (order := _conversations(path)):
+    if transcript is None and (order := _conversations(path)) is not None:
         from erc_moe.corpora.own import load_own
         corpus = load_own(path, splits=False)
-        return (
-            sorted(corpus.conversations, key=lambda c: order[c.id]), corpus.arrays, corpus.faults)
+        conversations = sorted(corpus.conversations, key=lambda c: order.get(c.id, 0))
+        return conversations, corpus.arrays, corpus.faults
     from erc_moe.recordings.core import load_recording
     corpus = load_recording(None, path) if transcript is None else load_recording(path, transcript)
     return corpus.conversations, corpus.arrays, corpus.faults

@@ -247,3 +247,26 @@ def test_an_array_that_claims_more_than_it_holds_is_refused_before(tmp_path):
     (tmp_path/"f.npy").write_bytes(whole.replace(b"(3, 2), }" + b" "*9, b"(3, 2000000000), }"))
     with pytest.raises(DataError, match="claims 24000000000 bytes and holds 24"):
         read_features(tmp_path/"f.npy", list("abc"), "f")
+
+
+def test_a_prediction_keeps_what_a_table_says_of_its_rows(tmp_path):
+    "Conversations by any name and in any kind of table, their order, their sound."
+    from erc_moe.predict import read_conversations
+    rows = [("d2", "A", "Hi"), ("d1", "B", "Go"), ("d2", "A", "Yes")]
+    for ending, mark in ((".csv", ","), (".CSV", ";"), (".tsv", "\t")):
+        for head in ("dialogue_id", "Conversation", "Thread"):
+            path = tmp_path/f"t{ending}"
+            path.write_text("\n".join(mark.join(r) for r in [(head, "speaker", "text"), *rows]))
+            conversations, _, _ = read_conversations(path)
+            assert [(c.id, len(c)) for c in conversations] == [("d2", 2), ("d1", 1)]
+    for ending, joined in ((".json", "[{}]"), (".jsonl", "{}"), (".NDJSON", "{}")):
+        objects = [json.dumps(dict(zip(("conv_id", "user", "text"), r))) for r in rows]
+        (tmp_path/f"t{ending}").write_text(
+            joined.format((", " if ending == ".json" else "\n").join(objects)))
+        assert [len(c) for c in read_conversations(tmp_path/f"t{ending}")[0]] == [2, 1]
+    (tmp_path/"o.csv").write_text("turn,speaker,text\n2,A,second\n1,B,first\n")
+    (tmp_path/"a.csv").write_text("speaker,text,audio\nA,Hi,none.wav\n")
+    assert [u.text for u in read_conversations(tmp_path/"o.csv")[0][0].utterances] == [
+        "first", "second"]
+    with pytest.raises(DataError, match="none.wav' does not exist"):
+        read_conversations(tmp_path/"a.csv")

@@ -77,7 +77,9 @@ def attach(
         ]
     for m in left.parts:
         if not any(c.present[m].any() for c in ready):
-            raise DataError(f"no utterance has {m!r}, which the model was trained with",
+            why = "; ".join(t.rstrip(".") for t in left.told if t.startswith(m))
+            raise DataError(f"no utterance has {m!r}, which the model was trained with"
+                            + (f" ({why})" if why else ""),
                             f"Give it, or say without=[{m!r}] (--without {m}) to do without.")
     if not any(c.present[m].any() for c in ready for m in widths):
         raise DataError("there is nothing to read or to hear", f"Give {' or '.join(widths)}.")

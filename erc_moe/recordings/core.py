@@ -16,7 +16,7 @@ from ..conversations import Clip, Conversation, DataError, Utterance
 from ..corpora.core import Corpus
 from ..corpora.files import some
 from .listen import listen
-from .sound import SHORTEST, SLACK, read_sound, sound_length
+from .sound import SHORTEST, SLACK, read_sound, sound_fault, sound_length
 from .transcripts import Turn, check_turns, read_transcript
 
 # %% ../../nbs/514_recordings.ipynb #110b338d
