@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned reproduce notebooks pretrained bench wheel fuzz clean
+.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned trials reproduce notebooks pretrained bench wheel fuzz clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -65,6 +65,9 @@ endef
 tuned: setup     ## stage 1: MiniLM tuned on MELD and IEMOCAP, its embeddings written to features/ (an hour); renews results/text-*.json
 	$(call tuned_stores,meld,)
 	$(call tuned_stores,iemocap,--set lr=3e-4)
+
+trials: setup    ## the choices of stage 1's recipe, each tried on validation (a day; ERC_MOE_DATA); what is on record is not repeated
+	for corpus in meld iemocap emorynlp mosi; do $(BIN)/python tools/trials.py $$corpus || exit 1; done
 
 reproduce: setup ## every table and figure of both papers, from ERC_MOE_DATA and what `make tuned` left (hours); what is on record is not repeated
 	$(BIN)/erc_moe reproduce all
