@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'Clip', 'Utterance', 'Conversation', 'conversation_table', 'ConversationBatch', 'label_indices',
-           'collate']
+           'link_rows', 'collate']
 
 # %% ../nbs/800_conversations.ipynb #2793a056
 import math
@@ -80,6 +80,8 @@ class Conversation:
     features: dict[str, np.ndarray] = field(default_factory=dict)
     # modality -> bool (N,), False: not observed
     present: dict[str, np.ndarray] = field(default_factory=dict)
+    # (i, j, relation) each: discourse links between utterances; None: no parser was run
+    links: tuple[tuple[int, int, int], ...]|None = None
 
     def __post_init__(self):
         if not self.utterances:
@@ -93,6 +95,11 @@ class Conversation:
                     "this utterance id occurs twice",
                     "Give every utterance of the corpus its own id.", self.id, u.id)
             seen.add(u.id)
+        for i, j, relation in self.links or ():
+            if not (0 <= i < len(self) and 0 <= j < len(self)) or relation < 0:
+                raise DataError(
+                    f"the discourse link {(i, j, relation)} cannot be",
+                    f"Number utterances from 0 to {len(self) - 1}, relations from 0.", self.id)
 
     def __len__(self) -> int: return len(self.utterances)
 
@@ -183,6 +190,8 @@ class ConversationBatch:
     speakers: Tensor  # int64 (B, N), numbered per conversation by first turn; 0 at padding
     conversation_ids: list[str]        # B names
     utterance_ids: list[list[str]]     # B lists, each as long as its conversation
+    # int64 (L, 4): conversation, its utterances i and j, relation; None: no parser was run
+    links: Tensor|None = None
 
     def __len__(self) -> int: return len(self.mask)
 
@@ -211,6 +220,15 @@ def label_indices(
                 f"The labels are {', '.join(labels)}: correct it, or leave it empty.", conv.id,
                 u.id)
     return [-1 if u.label is None else index[u.label] for u in conv.utterances]
+
+# %% ../nbs/800_conversations.ipynb #1f97890f
+def link_rows(
+    conversations: list[Conversation],    # of a batch
+) -> Tensor|None:    # int64 (L, 4): conversation, utterances i and j, relation; None: no parser
+    "The discourse links of a batch."
+    if all(c.links is None for c in conversations): return None
+    rows = [(b, *link) for b, c in enumerate(conversations) for link in c.links or ()]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 
 # %% ../nbs/800_conversations.ipynb #cef2626e
 def collate(
@@ -247,7 +265,8 @@ def collate(
         labels=fill([label_indices(c, labels) for c in conversations], value=-1, dtype=torch.int64),
         speakers=fill([_speaker_indices(c) for c in conversations], dtype=torch.int64),
         conversation_ids=[c.id for c in conversations],
-        utterance_ids=[[u.id for u in c.utterances] for c in conversations])
+        utterance_ids=[[u.id for u in c.utterances] for c in conversations],
+        links=link_rows(conversations))
 
 # %% ../nbs/800_conversations.ipynb #31271b2b
 def _fill(out, rows):
