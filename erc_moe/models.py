@@ -18,7 +18,7 @@ from .conversations import DataError
 from .mister_e import FeatureMixture, MisterE, Monolithic
 from .sure import Sure
 from .systems import (
-    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, Mmgcn, MultiEmo)
+    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, MmgatEmo, Mmgcn, MultiEmo)
 
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
@@ -199,6 +199,8 @@ for _model, _paper in (
     (MultiEmo, {
         "": dict(epochs=100, batch_size=64, lr=1e-4, weight_decay=1e-5),
         "meld": dict(epochs=15, batch_size=100)}),
+    (MmgatEmo, {
+        "": dict(epochs=60, batch_size=8, lr=5e-5), "meld": dict(batch_size=32)}),
     (Mmgcn, {
         "": dict(epochs=20, batch_size=16, lr=3e-4, weight_decay=3e-5),
         "iemocap": dict(class_weights="inverse_frequency"),

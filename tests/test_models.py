@@ -15,7 +15,7 @@ from erc_moe.testing.model import INVARIANTS, LABELS, SEVERAL, WIDTHS
 SMALL = dict(
     mister_e=dict(hidden=4, layers=2, fusion_width=6, fusion_layers=2, attention_width=4, heads=2),
     sure=dict(width=8, heads=2), sdt=dict(width=8, heads=2),
-    hcam=dict(hidden=4, heads=2), multiemo=dict(width=8, heads=2),
+    hcam=dict(hidden=4, heads=2), multiemo=dict(width=8, heads=2), mmgat_emo=dict(width=6),
     mmgcn=dict(width=6, hidden=5, layers=3),
     cfn_esa=dict(width=8, heads=2, layers=2, shift_width=6),
     cogmen=dict(width=8, heads=2, graph_heads=2, past=2, future=3), df_erc=dict(width=8),
@@ -26,6 +26,7 @@ SMALL |= {name: SMALL["mister_e"] for name in ("mister_e_monolithic", "mister_e_
 VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],
                 sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)],
                 hcam=[dict(staged=False), dict(causal=True)],
+                mmgat_emo=[dict(discourse="none"), dict(causal=True)],
                 multiemo=[dict(bidirectional=False, text_context=False), dict(causal=True)],
                 mmgcn=[dict(causal=True)],
                 cfn_esa=[dict(causal=True), dict(shift_weight=0.)], cogmen=[dict(causal=True)],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from ..conversations import Conversation, ConversationBatch, DataError, collate
+from ..conversations import Conversation, ConversationBatch, DataError, collate, link_rows
 from ..files import atomic_write
 from ..evaluation.statistics import conversation_counts, weighted_f1
 
@@ -102,12 +102,14 @@ class ConversationTensors:
         rows, chosen = (
             self.rows(index).to(self.device, non_blocking=True),
             [self.conversations[i] for i in index.tolist()])
+        links = link_rows(chosen)
         return ConversationBatch(
             features={m: x[rows] for m, x in self.features.items()},
             mask=rows < len(self.labels) - 1, present={m: x[rows] for m, x in self.present.items()},
             labels=self.labels[rows], speakers=self.speakers[rows],
             conversation_ids=[c.id for c in chosen],
-            utterance_ids=[[u.id for u in c.utterances] for c in chosen])
+            utterance_ids=[[u.id for u in c.utterances] for c in chosen],
+            links=None if links is None else links.to(self.device))
 
     @cached_property
     def evaluation(self) -> list[tuple[ConversationBatch, Tensor]]:
