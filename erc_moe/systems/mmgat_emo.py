@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MmgatEmoConfig', 'difference_loss', 'balance_loss', 'predictive_loss', 'MmgatEmoOutput', 'MmgatEmo']
 
-# %% ../../nbs/416_mmgat_emo.ipynb #8ccb2f51
+# %% ../../nbs/416_mmgat_emo.ipynb #7b8b07b6
 from dataclasses import dataclass
 from typing import Literal
 import torch
@@ -20,7 +20,7 @@ from .attention import attend
 from .relational_attention import (
     LINK_RELATIONS, SPEAKER_RELATIONS, GraphExperts, link_relations, speaker_relations)
 
-# %% ../../nbs/416_mmgat_emo.ipynb #5ed9ba95
+# %% ../../nbs/416_mmgat_emo.ipynb #c06be873
 @dataclass
 class MmgatEmoConfig(ModelConfig):
     "Everything that defines an MMGAT-EMO: modalities, sizes, graphs, weights of the loss."
@@ -43,7 +43,7 @@ class MmgatEmoConfig(ModelConfig):
 
     presets = {"cpu": {"": dict(width=48, layers=1, steps=2, input_dropout=.3, dropout=.3)}}
 
-# %% ../../nbs/416_mmgat_emo.ipynb #9f2da6f5
+# %% ../../nbs/416_mmgat_emo.ipynb #19177a2e
 def difference_loss(
     a: Tensor,    # (..., M, D) what one graph found
     b: Tensor,    # (..., M, D) what the other found
@@ -52,7 +52,7 @@ def difference_loss(
     apart = F.normalize(a, dim=-1, eps=1e-6) - F.normalize(b, dim=-1, eps=1e-6)
     return 1/(apart.square().sum(-1) + 1e-12).sqrt().mean(-1)
 
-# %% ../../nbs/416_mmgat_emo.ipynb #af217643
+# %% ../../nbs/416_mmgat_emo.ipynb #80fc0167
 def balance_loss(
     gate: Tensor,    # (..., M, X), sum 1 over X experts
 ) -> Tensor:         # (...), 0 where all experts have the same share
@@ -60,7 +60,7 @@ def balance_loss(
     mean = gate.mean(-2)
     return torch.xlogy(mean, mean).sum(-1) + torch.tensor(gate.shape[-1]).log().to(mean)
 
-# %% ../../nbs/416_mmgat_emo.ipynb #3c502ee1
+# %% ../../nbs/416_mmgat_emo.ipynb #a3202a0e
 def predictive_loss(
     told: Tensor,      # (S, K, M, D) what each modality says of the turn k + 1 later
     z: Tensor,         # (S, M, D) the turns
@@ -82,7 +82,7 @@ def predictive_loss(
             total = total + weight*lost/rows.sum().clamp_min(1)
     return total
 
-# %% ../../nbs/416_mmgat_emo.ipynb #bada9a1c
+# %% ../../nbs/416_mmgat_emo.ipynb #b9946358
 @dataclass(kw_only=True)
 class MmgatEmoOutput(ModelOutput):
     "What MMGAT-EMO says of a batch of M real utterances; logits are 0 at padding."
@@ -90,7 +90,7 @@ class MmgatEmoOutput(ModelOutput):
     found: Tensor     # (layers, G, S, M, D) of each graph, before the exchange
     gates: Tensor     # (layers, G, S, M, X)
 
-# %% ../../nbs/416_mmgat_emo.ipynb #37236988
+# %% ../../nbs/416_mmgat_emo.ipynb #9954efd9
 class MmgatEmo(ConversationModel):
     "Mixtures of relational graph attentions over a speaker and a discourse graph, MMGAT-EMO-style."
     config_class = MmgatEmoConfig
