@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 import erc_moe
-from .checkpoints import push_folder
+from .checkpoints import check_finite, push_folder
 from .conversations import Conversation, DataError, Utterance
+from .errors import shorten
 from .corpora.core import Corpus, FeatureTable
 from .corpora.files import TABLES, read_rows
 from .encoders.merged import MergedTextEncoder, can_merge
@@ -215,6 +216,7 @@ class Predictor:
                 json.loads((folder / "config.json").read_bytes()),
                 load_file(folder / "model.safetensors"))
             if c["format"] != 1: raise ValueError(f"its format is {c['format']}")
+            check_finite(weights, folder)
             entry, models = find_model(c["model"]), {}
             for seed in c["seeds"]:
                 models[seed] = entry.model(entry.config(**c["config"])).eval()
@@ -229,9 +231,10 @@ class Predictor:
                 FeaturePipeline.load(folder / "features"),
                 {m: folder / f"{m}-encoder" for m in c["encoders"]}, tuple(c["optional"]),
                 c["temperature"], c["dtype"], readme.read_text("utf-8") if readme.exists() else "")
+        except DataError: raise
         except DAMAGE as e:
             raise DataError(
-                f"no usable predictor in {folder} ({type(e).__name__}: {str(e).splitlines()[0]})",
+                f"no usable predictor in {folder} ({type(e).__name__}: {shorten(str(e), 200)})",
                 HOW,
             ) from e
 

@@ -22,10 +22,12 @@ from test_training import make_corpus, run_tiny
 from test_tuning import encoder, table  # noqa: F401 (fixtures)
 
 from erc_moe import files
+from erc_moe.code_hashes import code_hash
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
 from erc_moe.corpora.download import fetch
 from erc_moe.features import Extractor, FeatureStore, extract, import_features
+from erc_moe.models import find_model
 
 FAULTS = ("killed before", "killed after", "disk full")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -102,7 +104,9 @@ def import_bits(folder):
 
 
 @pytest.fixture(scope="module")
-def corpus(): return make_corpus()
+def corpus():
+    for model in ("tiny", "mister_e"): code_hash(find_model(model).model.__module__)   # once for all
+    return make_corpus()
 
 
 def train_tiny(corpus, place, seeds=2):

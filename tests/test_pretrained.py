@@ -196,3 +196,14 @@ def test_the_card_tells_the_truth(model):
 
 
 def test_predictor_is_reachable(): assert erc_moe.Predictor is Predictor and erc_moe.load is load
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "text-encoder/encoder.safetensors"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, file):
+    from safetensors.torch import load_file, save_file
+    load("meld").save(tmp_path)
+    weights = load_file(tmp_path/file)
+    name = next(n for n, x in weights.items() if x.is_floating_point())
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, tmp_path/file)
+    with pytest.raises(DataError, match="hold NaN or infinity"): load(tmp_path).predict(PAIRS)

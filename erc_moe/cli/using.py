@@ -215,6 +215,7 @@ def evaluate(args):
     import pandas as pd
     from erc_moe.files import write_json
     from erc_moe.training import Run
+    from erc_moe.training.folder import never_predicted
     from erc_moe.training.results import percent
     from erc_moe.corpora import load_corpus
     run = Run(args.run, args.model)
@@ -237,7 +238,8 @@ def evaluate(args):
         pd.DataFrame(
             {s: {l: percent(x) for l, x in f["per_class_f1"].items()} for s, f in scored.items()}
         ).to_string())
-    print_notes(corpus.faults)
+    print_notes([*corpus.faults, *run.pipeline.told, *(
+        note for s, f in scored.items() for note in never_predicted(f, corpus.labels, s))])
     if args.out: write_json(Path(args.out), scored)
 
 # %% ../../nbs/844_using_commands.ipynb #3444dbaa

@@ -27,13 +27,13 @@ def group_rows(
 ) -> list[Conversation]:  # in the order in which conversations begin; utterances in row order
     "Rows of a table grouped into conversations. An empty label or a NaN time becomes None."
     optional = [
-        rows[c].tolist() if c in rows else [None] * len(rows)
+        [None if x is None or x == "" or x != x else x for x in rows[c].tolist()]
+        if c in rows else [None] * len(rows)
         for c in ("label", "audio", "start", "end", "video")]
-    none = lambda x: None if x is None or x == "" or x != x else x
     groups = {}
     needed = [rows[c].tolist() for c in ("conversation", "id", "speaker", "text")]
     for conv, id, speaker, text, *known in zip(*needed, *optional):
-        groups.setdefault(conv, []).append(Utterance(id, speaker, text, *map(none, known)))
+        groups.setdefault(conv, []).append(Utterance(id, speaker, text, *known))
     return [Conversation(id, utterances) for id, utterances in groups.items()]
 
 # %% ../../nbs/801_corpora.ipynb #2212228a

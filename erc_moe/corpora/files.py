@@ -109,36 +109,48 @@ def _delimiter(text):
 # %% ../../nbs/802_corpus_files.ipynb #9ded29a7
 def _json_rows(text, name, told):
     objects, nan, columns = [], [], {}
+    decoder = _json_decoder(nan)
     if text.lstrip().startswith("["): parts = [(0, text)]
     else: parts = [(n, l) for n, l in enumerate(text.split("\n"), 1) if l.strip()]
     for line, part in parts:
         place = f"{name}, line {line}" if line else name
-        try: value = _parse_json(part, nan)
+        try: value = decoder.decode(part.strip())
         except (ValueError, RecursionError) as e:
             raise DataError(
                 f"{place} is no JSON ({getattr(e, 'msg', 'nested too deep')})",
                 "Write one object per line, or one list of objects.") from e
         entries = [(line, value)] if line else [*enumerate(value, 1)]
+        escapes = "\\u" in part            # only so can a text hold what cannot be written
         for number, entry in entries:
-            row = _json_cells(entry, f"{name}, {'line' if line else 'entry'} {number}")
+            row = None if escapes else _plain_cells(entry)
+            if row is None:
+                row = _json_cells(entry, f"{name}, {'line' if line else 'entry'} {number}")
             objects.append((number, row))
+            if row.keys() == columns.keys(): continue
             columns |= dict.fromkeys(row)
             if len(columns) > 1000:
                 raise DataError(f"{place} brings over 1000 columns", "Give all objects the same.")
     if nan: told.append(f"{name}, cells that hold NaN: {len(nan)}; read as empty.")
-    rows = [[row.get(c) for c in columns] for _, row in objects]
-    return [*columns], rows, [number for number, _ in objects]
+    columns = [*columns]
+    rows = [[*row.values()] if [*row] == columns else [row.get(c) for c in columns]
+            for _, row in objects]
+    return columns, rows, [number for number, _ in objects]
 
 # %% ../../nbs/802_corpus_files.ipynb #9d6665ff
 class _Object(list):
     "A JSON object's keys and values, before a key that stands twice is lost."
 
 # %% ../../nbs/802_corpus_files.ipynb #fb5c9466
-def _parse_json(text, nan):
+def _json_decoder(nan):
     constant = lambda word: nan.append(word) if word == "NaN" else word      # None: empty
     return json.JSONDecoder(
-        object_pairs_hook=_Object, parse_int=str, parse_float=str, parse_constant=constant
-    ).decode(text.strip())
+        object_pairs_hook=_Object, parse_int=str, parse_float=str, parse_constant=constant)
+
+def _plain_cells(entry):
+    "Column -> text of an object of texts, as most are; None for any other."
+    if not isinstance(entry, _Object): return None
+    cells = dict(entry)
+    return cells if len(cells) == len(entry) and {*map(type, cells.values())} <= {str} else None
 
 # %% ../../nbs/802_corpus_files.ipynb #14a6b740
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")

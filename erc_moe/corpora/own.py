@@ -126,9 +126,11 @@ def _add_columns(table, path, told):
 # %% ../../nbs/505_own_corpus.ipynb #1c3dd3c3
 def _read_classes(rows, name, labels, label_map):
     "Labels and splits of `rows`, as a training needs them; what to tell."
-    rows["label"], told = map_labels(rows["label"].tolist(), label_map)
-    check_labels(rows["label"], labels)
-    rows["split"], spelled = read_splits(rows["split"].tolist(), name)
+    names, told = map_labels(rows["label"].tolist(), label_map)
+    check_labels(names, labels)
+    splits, spelled = read_splits(rows["split"].tolist(), name)
+    # lists of str: fast to walk
+    rows["label"], rows["split"] = (pd.Series(x, rows.index, object) for x in (names, splits))
     bare = (rows["label"] == "").sum()
     told += [
         spelled,

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..checkpoints import check_finite
 from ..conversations import DataError
 from .utterance import Pooling
 from ..features.text import Pretrained, token_batches
@@ -104,6 +105,7 @@ class MergedTextEncoder(nn.Module):
             raise DataError(
                 f"no tuned encoder in {folder} ({type(e).__name__}: {e})", "Copy the folder again."
             ) from e
+        check_finite(tuned, folder)
         c, self.source = self.config, Pretrained(self.config["encoder"], self.config["revision"])
         state = self.base_state()
         adapter = {n.removeprefix("base."): x for n, x in tuned.items() if n.startswith("base.")}

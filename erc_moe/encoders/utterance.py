@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from ..checkpoints import check_finite
 from ..conversations import Conversation, DataError, Utterance, label_indices
 from ..features.hub import state_width
 from ..features.store import atomic_write
@@ -418,6 +419,7 @@ def load_encoder(
         raise DataError(
             f"the weights in {folder} do not fit its config.json ({', '.join(odd[:3])})",
             "Copy the folder again.")
+    check_finite(state, folder)
     with torch.no_grad():
         for n, p in trained.items(): p.copy_(state[n])
     return encoder.eval()

@@ -228,11 +228,12 @@ def finished_seeds(
 def never_predicted(
     figures: dict,        # over seeds, of one split
     labels: list[str],    # the label set, in class order
+    split: str = "test",
 ) -> list[str]:           # a sentence, or none
     "Classes that utterances have and no seed ever predicted."
     counts = np.array(figures["confusion"])                 # (C, C): truth, prediction
     never = [l for l, has, said in zip(labels, counts.sum(1), counts.sum(0)) if has and not said]
-    return [f"never predicted on the test split: {', '.join(never)}."] if never else []
+    return [f"never predicted on the {split} split: {', '.join(never)}."] if never else []
 
 # %% ../../nbs/822_run_folders.ipynb #66cfd44b
 def _summarise(folder, settings, asked, corpus, device, command):
