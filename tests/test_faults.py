@@ -105,7 +105,8 @@ def import_bits(folder):
 
 @pytest.fixture(scope="module")
 def corpus():
-    for model in ("tiny", "mister_e"): code_hash(find_model(model).model.__module__)   # once for all
+    for model in ("tiny", "mister_e"):      # hashed once for all
+        code_hash(find_model(model).model.__module__)
     return make_corpus()
 
 

@@ -397,6 +397,8 @@ SUBTITLE = "1\n00:00:01,000 --> 00:00:02,000\n{}\n"
     ("a.json", b"3", "no list of turns"),
     ("a.json", b'{"segments": [{"start": "x", "end": 2, "text": "Hi"}]}',
      "turn 1: its start 'x' is no time"),
+    ("a.json", b'{"segments": [{"text": "\\ud800", "start": 0, "end": 1}]}', "half a character"),
+    ("a.json", b'[{"text": "a", "start": ' + b"9"*5000 + b"}]", "is no JSON"),
     ("a.json", b'{"segments": [{"start": NaN, "end": 2, "text": "Hi"}]}', "no finite number"),
     ("a.txt", b"hello there\nNAME: x", "names no speaker"), ("a.txt", b"", "no turn with words"),
     ("a.TextGrid", b"File type", "no readable TextGrid"),
