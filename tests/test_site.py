@@ -118,7 +118,8 @@ format:
     ("1_a.ipynb", "1_a.ipynb, 1_a.ipynb", "stands 2 times"),
     ("  html:", "  commonmark: default\n  html:", "format commonmark writes over"),
     ("0.16.22", "latest", "names no version of KaTeX"),
-    ("styles.css", "gone.css", "there is no gone.css")])
+    ("styles.css", "gone.css", "there is no gone.css"),
+    ("website: {", "website: {repo-url: a.org, ", "repo-subdir is not nbs")])
 def test_a_fault_of_the_configuration_is_found(old, new, fault):
     found = [*check_site.check_config(CONFIG.replace(old, new, 1), ["index.ipynb", "1_a.ipynb"])]
     assert (not found) if fault is None else fault in found[0], found

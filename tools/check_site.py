@@ -210,6 +210,8 @@ def check_config(text, names):
     for name in sorted({*listed} - {*names}): yield f"_quarto.yml: there is no {name}"
     for name, times in listed.items():
         if times > 1: yield f"_quarto.yml: {name} stands {times} times in the sidebar"
+    if config["website"].get("repo-url") and config["website"].get("repo-subdir") != NBS.name:
+        yield f"_quarto.yml: repo-subdir is not {NBS.name}: links to the sources lead nowhere"
     for kind in {*config["format"]} - {"html"}:
         yield f"_quarto.yml: format {kind} writes over files of html"
     html = config["format"]["html"]
