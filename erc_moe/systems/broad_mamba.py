@@ -23,7 +23,7 @@ class BroadMambaConfig(ModelConfig):
     width: int = 128                          # D, of the utterances
     inner: int = 256                          # E, channels of a state space
     states: int = 16                          # n, of a channel
-    layers: int = 2
+    layers: int = 2                           # of Mamba
     broad: int = 128                          # feature nodes, and as many enhancement nodes
     causal: bool = False                      # True: nothing after an utterance is read
     input_dropout: float = 0.                 # on the features

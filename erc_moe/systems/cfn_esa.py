@@ -26,12 +26,12 @@ class CfnEsaConfig(ModelConfig):
     width: int = 512                          # d, of everything inside
     recurrent_layers: int = 2                 # of the shared block
     layers: int = 5                           # of the attention
-    heads: int = 8
+    heads: int = 8                            # of each attention
     shift_width: int = 128                    # of the shift head's hidden layer
     shift_weight: float = 1.                  # lambda; 0: no second task
     causal: bool = False                      # True: nothing after an utterance is read
     input_dropout: float = 0.                 # on the features
-    recurrent_dropout: float = 0.2
+    recurrent_dropout: float = 0.2            # in the recurrent blocks
     dropout: float = 0.4                      # in the attention and before the classifier
     class_weights: list[float]|None = None    # factor per class in the cross-entropy
     model: str = "cfn_esa"                    # what config.json is of

@@ -24,7 +24,7 @@ class HcamConfig(ModelConfig):
     "Everything that defines an HCAM: modalities, sizes, weights of the loss."
     hidden: int = 100                         # H, of each direction of the GRUs; the rest has 2H
     layers: int = 2                           # of the GRUs
-    heads: int = 4
+    heads: int = 4                            # of each attention
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.2  # between GRU layers, on what attention brings, before the classifiers
     class_weights: list[float]|None = None    # factor per class in every cross-entropy

@@ -25,7 +25,7 @@ from .relational_attention import (
 class MmgatEmoConfig(ModelConfig):
     "Everything that defines an MMGAT-EMO: modalities, sizes, graphs, weights of the loss."
     width: int = 300                          # D, of everything inside
-    layers: int = 2
+    layers: int = 2                           # of graph attentions and their exchange
     experts: int = 3                          # X, of every graph attention
     heads: int = 2                            # of an expert's first layer
     # the second graph: none, every turn with the one before it, or the conversations' `links`
@@ -34,10 +34,10 @@ class MmgatEmoConfig(ModelConfig):
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.2                      # in the graph attentions and between layers
     class_weights: list[float]|None = None    # factor per class in the cross-entropy
-    task_weight: float = 3.
-    difference_weight: float = .3
-    predictive_weight: float = .05
-    balance_weight: float = .3
+    task_weight: float = 3.                   # of the cross-entropy
+    difference_weight: float = .3             # of the difference of both graphs
+    predictive_weight: float = .05            # of contrastive predictive coding
+    balance_weight: float = .3                # of the balance of the experts
     causal: bool = False  # True: nothing after the utterance is read
     model: str = "mmgat_emo"                  # what config.json is of
 

@@ -24,7 +24,7 @@ from .multiemo_losses import soft_hgr_loss, swfc_loss
 class MultiEmoConfig(ModelConfig):
     "Everything that defines a MultiEMO: modalities, sizes, weights of the loss."
     width: int = 256                          # D, of everything inside
-    heads: int = 4
+    heads: int = 4                            # of each attention
     layers: int = 6                           # L
     inner: int = 1024                         # between the two linear layers of a layer
     bidirectional: bool = True                # False: the context is read forwards only
