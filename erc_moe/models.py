@@ -6,14 +6,14 @@
 __all__ = ['MODELS', 'GROUP', 'ModelEntry', 'register', 'as_entry', 'find_model', 'parse_changes']
 
 # %% ../nbs/814_models.ipynb #e2477e6d
-import hashlib, json, sys
+import json
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from torch import nn
 from .baselines import BcLstm, ContextFree, DialogueRnn, LateFusion, Sdt
 from .checkpoints import check_finite
+from .code_hashes import from_file, in_file
 from .conversations import DataError
 from .mister_e import FeatureMixture, MisterE, Monolithic
 from .sure import Sure
@@ -92,42 +92,15 @@ def as_entry(
     return ModelEntry(name, what, config, getattr(what, "presets", None) or {
         p: changes for p, changes in known.items() if hasattr(config, p)})
 
-# %% ../nbs/814_models.ipynb #204bbfde
-def _from_file(path, which):
-    "The entry of a class in a file, which is run anew whenever its content has changed."
-    if not path.is_file():
-        raise DataError(f"there is no file {path}", "Give the file of a model: FILE.py:CLASS.")
-    content, place = path.read_bytes(), path.resolve()
-    name = f"erc_moe_file_{hashlib.sha256(str(place).encode()).hexdigest()[:12]}"
-    module = sys.modules.get(name)
-    if module is None or module.__content__ != content:
-        module = ModuleType(name)
-        module.__file__, module.__content__ = str(place), content
-        if str(place.parent) not in sys.path: sys.path.append(str(place.parent))
-        before, sys.modules[name] = sys.modules.get(name), module
-        try: exec(compile(content, str(place), "exec"), module.__dict__)
-        except Exception as e:
-            sys.modules.pop(name)
-            if before: sys.modules[name] = before
-            raise DataError(
-                f"{path} cannot be run ({type(e).__name__}: {e})", "Correct it.") from e
-    if not hasattr(module, which):
-        classes = [
-            k for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == name]
-        raise DataError(f"{path} has no {which!r}", f"It has {', '.join(classes) or 'no class'}.")
-    return as_entry(getattr(module, which), f"{path.name}:{which}")
-
 # %% ../nbs/814_models.ipynb #0dbb3dd3
 def find_model(
     name: str,              # "mister_e", the name of an entry point, or "my_model.py:MyModel"
     files: bool = True,     # False: the name was not typed by the user, and runs no file
 ) -> ModelEntry:
     "The entry called `name`; a `DataError` that lists the known ones otherwise."
-    path, colon, which = name.rpartition(":")
-    own = bool(colon) and path.endswith(".py")
-    if own and files:
-        entry = register(_from_file(Path(path), which))
-        MODELS[name] = entry
+    path, _, which = name.rpartition(":")
+    if (own := in_file(name)) and files:
+        MODELS[name] = register(as_entry(from_file(name, "a model"), f"{Path(path).name}:{which}"))
     elif own and name not in MODELS:
         raise DataError(
             f"the model is {which} of a file called {Path(path).name}",

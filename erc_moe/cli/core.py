@@ -85,7 +85,8 @@ def option(
 CORPUS = option(
     "--corpus", complete="file", required=True, metavar="NAME",
     help="Which corpus: sample, meld, emorynlp, iemocap, mosi, or the path of your own CSV or "
-    "JSONL table; options behind an @, as in iemocap@session-3.")
+    "JSONL table, or a reader of your own as FILE.py:READER; options behind an @, as in "
+    "iemocap@session-3.")
 DATA = option(
     "--data", complete="folder", metavar="DIR",
     help="The folder that holds the corpora (meld/, iemocap/, ...) or the corpus itself. "

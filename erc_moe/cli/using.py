@@ -182,9 +182,10 @@ def trained_on(
     summary: dict,    # of a run
 ) -> str:             # what `load_corpus` takes
     "The corpus of a run: a name, or the path of the user's own table."
-    from erc_moe.corpora.registry import CORPORA, spelled
+    from erc_moe.corpora.registry import CORPORA, find_corpus, spelled
     corpus = typed(summary, "--corpus") or summary["corpus"]
     if spelled(corpus)[0] in CORPORA or Path(corpus).is_file(): return corpus
+    if find_corpus(corpus, files=False): return corpus
     raise DataError(
         f"the table that the run was trained on, {corpus}, is not found from here",
         "Give its path: --corpus TABLE.")

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..conversations import DataError
+from ..corpora import find_corpus
 
 # %% ../../nbs/830_experiments.ipynb #cda6f3ce
 # what the corpora's files hold, or is extracted from their sound
@@ -77,6 +78,12 @@ class Cell:
     def __hash__(self): return hash(self.identity)
     def __eq__(self, other): return isinstance(other, Cell) and self.identity == other.identity
 
+# %% ../../nbs/830_experiments.ipynb #8e9a6672
+def _declared(corpus):
+    "The features that a corpus of the user's is used with."
+    entry = find_corpus(corpus)
+    return entry.features if entry else {}
+
 # %% ../../nbs/830_experiments.ipynb #b17e89a6
 @dataclass(frozen=True)
 class Row:
@@ -96,7 +103,7 @@ class Row:
         "This row's training on `corpus`; None where it has none: cited, or without such features."
         sources = {
             m: s
-            for m, s in FEATURES[self.features].get(corpus, {}).items()
+            for m, s in (FEATURES[self.features].get(corpus) or _declared(corpus)).items()
             if not self.modalities or m in self.modalities}
         if self.model is None or not sources or set(self.modalities) - sources.keys(): return None
         return Cell(self.model, corpus, sources, self.changes, preset, seed)

@@ -48,6 +48,11 @@ def truth_of(
             for s, cs in corpus.splits.items()},
         test={c.id: as_characters(index[l] for l in c.labels) for c in corpus.splits["test"]})
 
+# %% ../../nbs/831_ledger.ipynb #1de4073d
+def _file_name(name):
+    "A model or corpus of one's own is a path, `my_model.py:MyModel`: its part of a file's name."
+    return name.replace("\\", "/").rpartition("/")[2].replace(":", "-")
+
 # %% ../../nbs/831_ledger.ipynb #bbe6c96a
 class Ledger:
     "The trainings that are on record in a folder."
@@ -61,8 +66,8 @@ class Ledger:
         for path in sorted(self.folder.glob("*/*.jsonl")): yield from self._records(path).values()
 
     def path(self, cell: Cell) -> Path:
-        model = cell.model.rpartition("/")[2].replace(":", "-")    # a model of one's own is a path
-        return self.folder/cell.preset/f"{model}-{cell.corpus}.jsonl"
+        model, corpus = map(_file_name, (cell.model, cell.corpus))
+        return self.folder/cell.preset/f"{model}-{corpus}.jsonl"
 
     def _records(self, path):
         if path not in self._lines:
@@ -121,7 +126,7 @@ class Ledger:
 
     def truth(self, corpus: str) -> dict:
         "What `truth_of` gave for this corpus."
-        path = self.folder/"corpora"/f"{corpus}.json"
+        path = self.folder/"corpora"/f"{_file_name(corpus)}.json"
         if not path.exists():
             raise DataError(
                 f"{self.folder} knows nothing of {corpus}",
@@ -136,7 +141,7 @@ class Ledger:
     ):
         "Keep the corpus' test labels."
         text = json.dumps(truth_of(corpus), ensure_ascii=False, indent=1) + "\n"
-        path = self.folder/"corpora"/f"{name or corpus.name}.json"
+        path = self.folder/"corpora"/f"{_file_name(name or corpus.name)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             atomic_write(path, text.encode())

@@ -6,9 +6,10 @@
 __all__ = ['DROPPED', 'prepared', 'code_of', 'is_current', 'drop', 'train_cell', 'reproduce']
 
 # %% ../../nbs/832_reproduce.ipynb #de9e20c8
-import hashlib, json, multiprocessing, os, shutil, threading
+import hashlib, json, multiprocessing, os, shutil, sys, threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import islice
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from ..conversations import Conversation, DataError
-from ..corpora import load_corpus
+from ..code_hashes import from_file, in_file
+from ..corpora import find_corpus, load_corpus, register_corpus
 from ..corpora.core import Corpus
 from .declare import EXPERIMENTS, Cell, Experiment, missing_stores, located
 from .ledger import Ledger, as_characters, code_hash
@@ -156,15 +158,48 @@ def _detail(model, corpus, test, device):
         if len(model.config.widths) > 1
         else {})
 
+# %% ../../nbs/832_reproduce.ipynb #55b71c0c
+def _own_corpora(names):
+    "Of the user's corpora among `names` what a worker needs: the entry, or the file that has it."
+    out = []
+    for entry in (find_corpus(n) for n in sorted(names) if not in_file(n)):
+        if entry is None: continue
+        module = entry.reader.__module__
+        if module == "__main__":
+            raise DataError(
+                f"the reader of {entry.name} was defined at a prompt or in a notebook, where "
+                "workers cannot find it",
+                "Write it into a file, and name that: FILE.py:READER; or take one worker "
+                "(workers=1).")
+        of = sys.modules.get(module)
+        run = hasattr(of, "__content__")    # from a file that was run, not from a package
+        out.append(f"{of.__file__}:{entry.reader.__name__}" if run else entry)
+    return out
+
+# %% ../../nbs/832_reproduce.ipynb #fe908d06
+@contextmanager
+def _without_main():
+    "Workers do not look for a program that is no file: one from standard input."
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if file is None or Path(file).is_file(): yield
+    else:
+        del main.__file__
+        try: yield
+        finally: main.__file__ = file
+
 # %% ../../nbs/832_reproduce.ipynb #c8e326c7
-def _begin_worker(models):
-    "One thread, the user's models, and the end when the process that began it ends."
+def _begin_worker(models, corpora):
+    "One thread, the user's models and corpora, and the end when the process that began it ends."
     torch.set_num_threads(1)
     threading.Thread(
         target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
     ).start()
     # an entry comes with its module, which is imported; a file is run again
     for model in models: find_model(model) if isinstance(model, str) else register(model)
+    for corpus in corpora:
+        if isinstance(corpus, str): from_file(corpus, "a corpus")
+        else: register_corpus(corpus.name, corpus.reader, corpus.features)
 
 # %% ../../nbs/832_reproduce.ipynb #30330fd7
 def _attempt(cell, detail, results, data, cache, stores, work, device):
@@ -196,9 +231,10 @@ def _records(todo, workers, *args):
         return
     waiting, running = iter(todo.items()), {}
     names = {cell.model for cell, _ in todo.values()}
-    own = [n if ".py:" in n else find_model(n) for n in sorted(names)]
+    own = [n if in_file(n) else find_model(n) for n in sorted(names)]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _begin_worker, (own,)) as pool:
+    begin = own, _own_corpora({cell.corpus for cell, _ in todo.values()})
+    with _without_main(), ProcessPoolExecutor(workers, spawn, _begin_worker, begin) as pool:
         while True:
             # none in advance: whoever stops loses no more than what runs
             for key, of in islice(waiting, workers - len(running)):

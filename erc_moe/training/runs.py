@@ -16,7 +16,7 @@ import torch
 from markupsafe import Markup
 from ..code_hashes import code_hash
 from ..conversations import Conversation, DataError
-from ..corpora import load_corpus
+from ..corpora import find_corpus, load_corpus
 from ..corpora.core import Corpus, FeatureTable
 from ..corpora.labels import ready_to_train
 from ..features import FeaturePipeline, import_features
@@ -254,6 +254,8 @@ def train(
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
     entry, seeds = find_model(model), check_seeds(seeds)
+    known = None if isinstance(corpus, Corpus) else find_corpus(str(corpus))
+    declared = known.features if known else {}    # with the corpus, where no source is named
     corpus = ready_to_train(
         corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data, label_map=label_map))
     check_corpus(corpus)
@@ -262,7 +264,7 @@ def train(
     sources = {
         m: s or (imported and imported.sources.get(m))
         for m, s in (("text", text), ("speech", speech), ("visual", visual))}
-    sources = {m: s for m, s in sources.items() if s and s != "none"}
+    sources = {m: s for m, s in sources.items() if s and s != "none"} or declared
     if not sources:
         raise DataError(
             "no features were asked for",
