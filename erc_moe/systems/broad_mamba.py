@@ -21,7 +21,7 @@ from ..ragged import Layout, dropout
 class BroadMambaConfig(ModelConfig):
     "Everything that defines a Broad Mamba: modalities, sizes."
     width: int = 128                          # D, of the utterances
-    inner: int = 256                          # E, channels of a state space
+    inner: int = 160                          # E, channels of a state space
     states: int = 16                          # n, of a channel
     layers: int = 2                           # of Mamba
     broad: int = 128                          # feature nodes, and as many enhancement nodes

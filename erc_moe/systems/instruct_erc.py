@@ -85,6 +85,14 @@ class PromptData(UtteranceData):
         device: str|torch.device = "cpu",
     ):
         ids = lambda text, **options: tokenizer(text, verbose=False, **options)["input_ids"]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        answers = [ids(f" {label}", add_special_tokens=False) + end for label in labels]
+        most = max_tokens + max(map(len, answers))
+        if most > tokenizer.model_max_length:
+            raise DataError(
+                f"a prompt of {max_tokens} tokens with its answer has {most}, and this model reads "
+                f"{tokenizer.model_max_length}",
+                "Lower max_tokens.")
         self.tokens, self.cut = [], []    # of every prompt; utterances that are not read whole
         for c in conversations:
             for i, u in enumerate(c.utterances):
@@ -93,8 +101,6 @@ class PromptData(UtteranceData):
                     if len(prompt) <= max_tokens: break
                 if len(prompt) > max_tokens: self.cut.append(u.id)
                 self.tokens.append(prompt[-max_tokens:])
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        answers = [ids(f" {label}", add_special_tokens=False) + end for label in labels]
         pad = lambda rows: pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
         self.answers, self.answered = pad(answers), pad([[1]*len(a) for a in answers])   # (C, K)
         texts = [u.text for c in conversations for u in c.utterances]
