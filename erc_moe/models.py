@@ -18,7 +18,7 @@ from .conversations import DataError
 from .mister_e import FeatureMixture, MisterE, Monolithic
 from .sure import Sure
 from .systems import (
-    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, MmgatEmo, Mmgcn, MultiEmo)
+    BroadMamba, CfnEsa, Cogmen, DfErc, Hcam, Joyful, MmDfn, MmgatEmo, Mmgcn, MultiEmo, TelMe)
 
 # %% ../nbs/814_models.ipynb #552afab3
 @dataclass(frozen=True)
@@ -174,6 +174,8 @@ for _model, _paper in (
         "meld": dict(epochs=15, batch_size=100)}),
     (MmgatEmo, {
         "": dict(epochs=60, batch_size=8, lr=5e-5), "meld": dict(batch_size=32)}),
+    (TelMe, {
+        "": dict(epochs=8, batch_size=4, lr=1e-5), "meld": dict(epochs=10)}),
     (Mmgcn, {
         "": dict(epochs=20, batch_size=16, lr=3e-4, weight_decay=3e-5),
         "iemocap": dict(class_weights="inverse_frequency"),

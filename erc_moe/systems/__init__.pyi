@@ -8,3 +8,4 @@ from .instruct_erc import InstructErc, InstructErcConfig
 from .mmgat_emo import MmgatEmo, MmgatEmoConfig, MmgatEmoOutput
 from .mmgcn import MmDfn, MmDfnConfig, Mmgcn, MmgcnConfig
 from .multiemo import MultiEmo, MultiEmoConfig, MultiEmoOutput
+from .telme import TelMe, TelMeConfig, TelMeOutput
