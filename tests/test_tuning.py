@@ -80,14 +80,19 @@ def tuning(encoder, table, out, *more):
         "--out", str(out), *more]
 
 
-def processes(count, call, tmp_path):
+def launched(count, call, tmp_path):
+    "The command that runs `call` in so many processes."
     script = tmp_path/"script.py"
     script.write_text(f"import sys; from erc_moe.cli import main; sys.exit({call})")
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    return launch if count > 1 else [sys.executable, str(script)]
+
+
+def processes(count, call, tmp_path):
     done = subprocess.run(
-        launch if count > 1 else [sys.executable, str(script)], capture_output=True, text=True,
+        launched(count, call, tmp_path), capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -134,24 +139,23 @@ def test_two_processes_tune_and_embed(encoder, table, tmp_path):
     np.testing.assert_allclose(store.lookup(there)[0], alone.lookup(there)[0], atol=1e-5)
 
 
-def test_a_killed_tuning_carries_on(encoder, table, tmp_path):
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1)])
+def test_a_killed_tuning_carries_on(encoder, table, tmp_path, before, after):
+    "With as many processes as there are then."
     args = tuning(encoder, table, tmp_path/"run", "--set", "epochs=30", "--checkpoint-seconds", "0")
     process = subprocess.Popen(
-        [
-            sys.executable, "-c",
-            f"import sys; from erc_moe.cli import main; sys.exit(main({args!r}))"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True)
+        launched(before, f"main({args!r})", tmp_path), stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
     log, deadline = tmp_path/"run"/"seed-0"/"log.jsonl", time.monotonic() + 240
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    before = log.read_text().splitlines()[0]
-    processes(1, f"main({args!r})", tmp_path)
-    assert log.read_text().splitlines()[0] == before and TunedRun(tmp_path/"run").summary["epochs"]
+    first = log.read_text().splitlines()[0]
+    processes(after, f"main({args!r})", tmp_path)
+    assert log.read_text().splitlines()[0] == first and TunedRun(tmp_path/"run").summary["epochs"]
 
 
 def test_the_store_trains_a_conversation_model(tuned, table, tmp_path):
