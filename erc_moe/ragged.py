@@ -46,10 +46,12 @@ class Layout:
 
     def windows(self,
         x: Tensor,      # (M, D)
-        radius: int,    # utterances to each side
-    # (M, 2*radius + 1, D): row i and its neighbours in the same conversation, 0 beyond the ends
+        before: int,    # utterances
+        after: int|None = None,    # None: as many as before
+    # (M, K, D): row i among its neighbours in the same conversation, 0 beyond the ends
     ) -> Tensor:
-        offset = torch.arange(-radius, radius + 1, device=x.device)  # (K,)
+        after = before if after is None else after
+        offset = torch.arange(-before, after + 1, device=x.device)  # (K,)
         inside = (self.position[:, None] + offset >= 0) & (
             self.position[:, None] + offset < self.length[:, None])
         rows = torch.arange(len(x), device=x.device)[:, None] + offset  # (M, K)

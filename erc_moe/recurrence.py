@@ -87,23 +87,26 @@ def _packed(nets: list[nn.RNNBase], xs: list[Tensor], layout: Layout) -> list[Te
 
 # %% ../nbs/813_recurrence.ipynb #975b2397
 def bigru(
-    grus: list[nn.GRU],   # bidirectional, of one hidden size, number of layers and dropout
+    # of one hidden size, number of layers and dropout; all in both directions, or all forward
+    grus: list[nn.GRU],
     xs: list[Tensor],     # the input (M, D) of each
     layout: Layout,
-) -> list[Tensor]:        # (M, 2*hidden) of each: forward, then backward direction
+) -> list[Tensor]:        # (M, hidden) of each, in both directions (M, 2*hidden): forward first
     """Every `nn.GRU` over its own flat sequences; on a CPU all of them and both directions in
     one time loop, on a GPU cuDNN's."""
     if xs[0].is_cuda: return _packed(grus, xs, layout)
-    directions = [layout.steps(p) for p in (layout.position, layout.length - 1 - layout.position)]
+    D = 1 + grus[0].bidirectional
+    directions = [
+        layout.steps(p) for p in (layout.position, layout.length - 1 - layout.position)[:D]]
     order, sizes = torch.stack(directions*len(grus)), layout.position.bincount().tolist()
     for layer in range(grus[0].num_layers):
         if layer: xs = [dropout(x, gru.dropout, gru.training) for gru, x in zip(grus, xs)]
-        names = [f"l{layer}", f"l{layer}_reverse"]
+        names = [f"l{layer}", f"l{layer}_reverse"][:D]
         w, b, u, c = ([getattr(gru, f"{kind}_{name}") for gru in grus for name in names]
                       for kind in ("weight_ih", "bias_ih", "weight_hh", "bias_hh"))
-        gates = [F.linear(xs[i//2], *wb) for i, wb in enumerate(zip(w, b))]  # (M, 3*hidden) each
+        gates = [F.linear(xs[i//D], *wb) for i, wb in enumerate(zip(w, b))]  # (M, 3*hidden) each
         hs = _LockStepGRU.apply(torch.stack(u), torch.stack(c)[:, None], order, sizes, *gates)
-        xs = [torch.cat(hs[i:i + 2], 1) for i in range(0, len(hs), 2)]
+        xs = [torch.cat(hs[i:i + D], 1) for i in range(0, len(hs), D)]
     return xs
 
 # %% ../nbs/813_recurrence.ipynb #793b0a8a

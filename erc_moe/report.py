@@ -20,6 +20,7 @@ from .page import TEMPLATES, asset, conversation_view, page_style, policy
 from .plots import plot_class_f1, plot_confusion, plot_gate
 from .plots import plot_losses, plot_reliability, plot_scores
 from .training import Predictions, Run
+from .training.loop import SELECTION
 from .training.results import result_table
 
 # %% ../nbs/607_report.ipynb #75b2b584
@@ -94,11 +95,12 @@ def curve_part(
     run: Run,
 ) -> list[dict]:      # one per seed
     "Losses and scores over epochs."
-    split, parts = "test" if run.summary["protocol"] == "paper" else "validation", []
+    split, parts = SELECTION[run.summary["protocol"]], []
     for seed in run.seeds:
         fig, (left, right) = plt.subplots(1, 2, figsize=(12, 3.1), layout="constrained")
         plot_losses(run.log(seed), left)
-        ax = plot_scores(run.log(seed), split, right)
+        if split == "last": right.remove()    # nothing is scored on the way
+        ax = left if split == "last" else plot_scores(run.log(seed), split, right)
         parts.append(dict(seed=seed, picture=picture(ax, f"Training curves of seed {seed}")))
     return parts
 
@@ -158,7 +160,8 @@ def report_html(
     views = [conversation_view(part, n) for n, part in enumerate(choose_conversations(said))]
     facts = dict(
         model=s["model"], corpus=s["corpus"], selection=s["selection"], preset=s["preset"],
-        seeds=run.seeds, test_selected=s["protocol"] == "paper", experts=list(said.experts),
+        seeds=run.seeds, test_selected=SELECTION[s["protocol"]] == "test",
+        experts=list(said.experts),
         gated=said.gate is not None)
     style, script = page_style(views) + Markup(asset("report.css")), Markup(asset("page.js"))
     return str(TEMPLATES.get_template("report.html").module.report(

@@ -1,6 +1,7 @@
 """What every registered model promises, by the library's own contract (`erc_moe.testing`). A model
 is tested here by being registered; here too stands what only models of this library promise."""
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -24,8 +25,13 @@ SMALL = dict(
 SMALL |= dict(mm_dfn=SMALL["mmgcn"], joyful=SMALL["cogmen"])
 SMALL |= {name: SMALL["mister_e"] for name in ("mister_e_monolithic", "mister_e_features")}
 # beside the model itself
-VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric")],
-                sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False)],
+VARIANTS = dict(mister_e=[dict(gate="mlp", gate_temperature=2., consistency="symmetric"),
+                          dict(causal=True),
+                          dict(fusion="released", contrast="batch",
+                               consistency_reduction="conversations")],
+                sure=[dict(routing="learned"), dict(moe=False), dict(reasoning=False),
+                      dict(causal=True)],
+                bc_lstm=[dict(causal=True)],
                 hcam=[dict(staged=False), dict(causal=True)],
                 mmgat_emo=[dict(discourse="none"), dict(causal=True)],
                 telme=[dict(staged=False), dict(causal=True)],
@@ -45,11 +51,11 @@ def own_context(seen, known, config):
 
 def before_a_label(seen, known, config):
     "Every modality teaches every other; before a label only, where the model is causal."
-    if not config.causal: return seen
+    if not getattr(config, "causal", False): return seen
     return seen & known.flip(1).cummax(1).values.flip(1)
 
 
-# (B, N) each: which observed features get a gradient; in a model with context and a joint loss all
+# (B, N) each: which observed features get a gradient; `before_a_label` where nothing is said
 TAUGHT = dict(context_free=lambda seen, known, config: seen & known, late_fusion=own_context,
               hcam=lambda seen, known, config: (
                   own_context(seen, known, config) if config.staged else seen),
@@ -99,6 +105,19 @@ def test_the_contract_names_what_is_broken(monkeypatch):
     assert "ContextFree breaks" in str(told.value) and "- company: logits of a" in str(told.value)
 
 
+def test_every_model_of_context_has_a_causal_form():
+    has = {n for n, e in MODELS.items() if "causal" in {f.name for f in fields(e.config)}}
+    assert {*MODELS} - has == {"context_free"}
+
+
+@pytest.mark.parametrize("name", ["mister_e", "sure", "bc_lstm", "sdt", "late_fusion"])
+def test_the_usual_form_reads_the_future(name):
+    batch, model = collate(random_conversations([6], 1, 1.), LABELS), case_of(name).make().eval()
+    before = model(batch).logits[0, 2].clone()
+    for x in batch.features.values(): x[0, 3:] += 3
+    assert not torch.allclose(model(batch).logits[0, 2], before)
+
+
 def test_gates_mix_what_experts_say(case):
     batch = case.batch(3, observed=.5)
     out = case.model(batch)
@@ -114,7 +133,7 @@ def test_every_observed_feature_teaches(case):
     model.loss(model(batch), batch).total.backward()
     for m in model.config.widths:
         grad, known = batch.features[m].grad, (batch.present[m], batch.labels >= 0, model.config)
-        may = TAUGHT.get(model.config.model, lambda seen, *_: seen)(*known)
+        may = TAUGHT.get(model.config.model, before_a_label)(*known)
         must = AT_LEAST.get(model.config.model, lambda *_: may)(*known)
         assert not grad[~may].any()
         assert (grad[must].abs().sum(-1) > 0).all()

@@ -1,4 +1,4 @@
-"The models of the papers' tables, small ones of their own: what MiSTER-E and SURE are worth is measured beside them."
+"Systems beside MiSTER-E and SURE. Context-free, bc-LSTM, DialogueRNN and late fusion are no rows of the papers' tables, SDT is one of SURE's: all are written and trained here."
 from .bc_lstm import BcLstm, BcLstmConfig
 from .context_free import ContextFree, ContextFreeConfig
 from .dialogue_rnn import DialogueRnn, DialogueRnnConfig, DialogueRnnOutput

@@ -23,6 +23,7 @@ class BcLstmConfig(ModelConfig):
     dense: int = 100                          # of the layer before the classifier
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.5                      # on what each LSTM says
+    causal: bool = False  # True: nothing after the utterance is read
     class_weights: list[float]|None = None    # factor per class in the cross-entropy
     model: str = "bc_lstm"                    # what config.json is of
 
@@ -30,12 +31,12 @@ class BcLstmConfig(ModelConfig):
 
 # %% ../../nbs/401_bc_lstm.ipynb #7dd6e8b2
 def read_conversations(
-    lstm: nn.LSTM,     # bidirectional, one layer
+    lstm: nn.LSTM,     # one layer, in both directions or forward
     x: Tensor,         # (M, D) the utterances
     layout: Layout,    # where they lie
-) -> Tensor:           # (M, 2H): forward, then backward direction
+) -> Tensor:           # (M, H), in both directions (M, 2H): forward first
     "Every conversation through one LSTM, no padding."
-    if not len(x): return x.new_zeros(0, 2*lstm.hidden_size)
+    if not len(x): return x.new_zeros(0, lstm.hidden_size*(1 + lstm.bidirectional))
     order, sizes = layout.steps(layout.position), layout.position.bincount().cpu()
     return lstm(PackedSequence(x[order], sizes))[0].data[order.argsort()]
 
@@ -49,9 +50,11 @@ class BcLstm(ConversationModel):
     ):
         super().__init__(config)
         c = self.config
-        self.unimodal = nn.ModuleDict(
-            {m: nn.LSTM(d, c.hidden, bidirectional=True) for m, d in c.widths.items()})
-        self.fusion = nn.LSTM(2*c.hidden*len(c.widths), c.hidden, bidirectional=True)
+        # forward alone an LSTM is as wide as both directions together
+        lstm = lambda d: nn.LSTM(
+            d, 2*c.hidden if c.causal else c.hidden, bidirectional=not c.causal)
+        self.unimodal = nn.ModuleDict({m: lstm(d) for m, d in c.widths.items()})
+        self.fusion = lstm(2*c.hidden*len(c.widths))
         self.dense = nn.Linear(2*c.hidden, c.dense)
         self.head = nn.Linear(c.dense, c.classes)
 

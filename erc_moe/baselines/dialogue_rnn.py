@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from ..base import ConversationModel, ModelConfig, ModelOutput
-from ..conversations import ConversationBatch
+from ..conversations import ConversationBatch, DataError
 from ..ragged import Layout
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #7ee049b8
@@ -24,6 +24,7 @@ class DialogueRnnConfig(ModelConfig):
     emotion_width: int = 300                  # E, of each direction
     dense: int = 300                          # of the layer before the classifier
     bidirectional: bool = False               # True: a second network reads from the end
+    causal: bool = False  # True: nothing after the utterance is read
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.1                      # on the emotion states and before the classifier
     class_weights: list[float]|None = None    # factor per class in the cross-entropy
@@ -32,6 +33,12 @@ class DialogueRnnConfig(ModelConfig):
     presets = {"cpu": {"": dict(
         global_width=64, party_width=64, emotion_width=64, dense=64, input_dropout=0.3,
         dropout=0.3)}}
+
+    def check(self):
+        super().check()
+        if self.causal and self.bidirectional:
+            raise DataError(
+                "a causal DialogueRNN cannot be bidirectional", "Set bidirectional to false.")
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #b2485a9d
 def _gru(given, recalled, state):

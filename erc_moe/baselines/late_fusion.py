@@ -26,6 +26,7 @@ class LateFusionConfig(ModelConfig):
     context_dropout: float = 0.2              # between the layers of an expert
     gamma: float = 3.                         # of the focal loss
     reduction: Literal["sum", "mean"] = "sum"  # of the loss over utterances; MiSTER-E's: "sum"
+    causal: bool = False  # True: nothing after the utterance is read
     class_weights: list[float]|None = None    # factor per class in the loss
     model: str = "late_fusion"                # what config.json is of
 
@@ -57,7 +58,7 @@ class LateFusion(ConversationModel):
         super().__init__(config)
         c = self.config
         self.context = nn.ModuleDict({
-            m: ContextNetwork(d, c.classes, c.hidden, c.layers, c.context_dropout)
+            m: ContextNetwork(d, c.classes, c.hidden, c.layers, c.context_dropout, c.causal)
             for m, d in c.widths.items()})
 
     def forward(self, batch: ConversationBatch) -> ModelOutput:

@@ -26,6 +26,7 @@ class SdtConfig(ModelConfig):
     speakers: int = 2  # of a conversation that are told apart, in order of appearance
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.5  # in the transformers and before the students' classifiers
+    causal: bool = False  # True: nothing after the utterance is read
     class_weights: list[float]|None = None    # factor per class in every cross-entropy
     temperature: float = 1.                   # tau of the distillation
     student_weight: float = 1.                # gamma_2, of the students' cross-entropies
@@ -80,7 +81,8 @@ class Sdt(ConversationModel):
         c = self.config
         self.inputs = nn.ModuleDict(
             {m: nn.Linear(d, c.width, bias=False) for m, d in c.widths.items()})
-        self.transformer = TransformerGate(len(c.widths), c.width, c.heads, c.dropout, c.speakers)
+        self.transformer = TransformerGate(
+            len(c.widths), c.width, c.heads, c.dropout, c.speakers, c.causal)
         self.students = nn.ModuleDict({m: nn.Linear(c.width, c.classes) for m in c.widths})
         several = len(c.widths) > 1
         self.fusion, self.teacher = (

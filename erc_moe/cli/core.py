@@ -126,10 +126,11 @@ FEATURES = option(
 
 # %% ../../nbs/841_command_line.ipynb #1f3d562a
 PROTOCOL = option(
-    "--protocol", choices=["strict", "paper"], default="strict",
-    help="Which epoch counts: strict takes the best on validation and scores test once; paper "
-    "takes the best on test, as much released code does, and is labelled test-selected "
-    "(default: strict).")
+    "--protocol", choices=["strict", "refit", "paper", "released"], default="strict",
+    help="Which epoch counts: strict takes the best on validation and scores test once; refit "
+    "finds the number of epochs by cross-validation and trains on train and validation; paper "
+    "takes the best on test, as much released code does, and is labelled test-selected; released "
+    "does so after training on train and validation (stage 1: strict or paper; default: strict).")
 SEEDS = option(
     "--seeds", type=seed_list, default=[0, 1, 2], metavar="N",
     help="How many seeds (3 means 0, 1, 2), or a list with commas (0,2 or 7, for the seed 7 "

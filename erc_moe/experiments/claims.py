@@ -28,8 +28,8 @@ MISTER_E, OWN, THREE = "MiSTER-E", "our own question", ("iemocap", "meld", "mosi
 CLAIMS: list[Claim] = [
     *(
         _claim(
-            f"MiSTER-E is better than {name}", "Table 2", "mister_e/table2", MISTER_E, name,
-            corpora=THREE)
+            f"MiSTER-E is better than {name}", "Table 2, with our system",
+            "mister_e/table2", MISTER_E, name, corpora=THREE)
         for name in ("context-free", "bc-LSTM", "DialogueRNN-style", "SDT-style")),
     _claim(
         "MiSTER-E is better than late fusion of its speech and text experts", OWN,
@@ -44,11 +44,11 @@ CLAIMS: list[Claim] = [
         "the experts need losses of their own", "section 4.7", "mister_e/figure4a", MISTER_E,
         "No-LOSS-MoE"),
     _claim(
-        "the contrastive term helps", "section 5.4", "mister_e/figure8b", "lambda 0.1, the preset",
+        "the contrastive term helps", "section 5.4", "mister_e/figure8b", "the preset",
         "lambda 0", points(0.7, 1.3)),
     _claim(
         "much more of the contrastive term hurts", "section 5.4", "mister_e/figure8b",
-        "lambda 0.1, the preset", "lambda 2"),
+        "the preset", "lambda 8"),
     _claim(
         "the consistency term helps", "section 5.1", "mister_e/section5.1", "preset", "alpha 0",
         points(0.5, 0.1)),
@@ -57,6 +57,20 @@ CLAIMS: list[Claim] = [
     _claim(
         "the focal loss is better than cross-entropy", "section 4.4", "mister_e/figure3", "gamma 3",
         "gamma 0"),
+    *(
+        _claim(
+            f"{better} is a better encoder than {worse}", "section 4.8", "mister_e/figure4b",
+            f"{modality}: {better}", f"{modality}: {worse}", corpora=corpora)
+        for modality, better, others, corpora in (
+            ("text", "LLaMA-3.1-8B", ("Qwen2.5-7B", "Gemma-7B"), ("iemocap", "meld")),
+            ("speech", "SALMONN-7B", ("Qwen2-Audio-7B", "SALMONN-13B"), ("iemocap",)),
+            ("speech", "Qwen2-Audio-7B", ("SALMONN-7B", "SALMONN-13B"), ("meld",)))
+        for worse in others),
+    *(
+        _claim(
+            f"on text alone, MiSTER-E is better than {name}", "section 5.3, with our system",
+            "mister_e/figure8a", "MiSTER-E, text alone", name, corpora=("emorynlp",))
+        for name in ("context-free", "bc-LSTM")),
     _claim(
         "stage 1 improves stage 2", OWN, "mister_e/table3", "MiSTER-E, tuned MiniLM",
         "MiSTER-E, frozen MiniLM"),
@@ -76,8 +90,9 @@ CLAIMS: list[Claim] = [
         "the mixture is better than its text expert", None, "text", {}, ("iemocap", "mosi"), OWN),
     *(
         _claim(
-            f"SURE is better than {name}", "SURE, Table 2", "sure/table2", "SURE, text + audio",
-            name)
+            f"SURE is better than {name}",
+            "SURE, Table 2" + ", with our system" * (name != "SDT-style"), "sure/table2",
+            "SURE, text + audio", name)
         for name in ("context-free", "bc-LSTM", "DialogueRNN-style", "SDT-style")),
     _claim(
         "the uncertainty-aware mixture of experts helps", "SURE, Table 3", "sure/table3",
@@ -91,6 +106,12 @@ CLAIMS: list[Claim] = [
     _claim(
         "text tells more than audio", "SURE, Table 3", "sure/table3", "text", "audio",
         points(10.65, 26.41)),
+    _claim(
+        "text tells more than vision", "SURE, section 3.3", "sure/table3", "text", "visual",
+        points(28.89)),
+    _claim(
+        "text and audio tell more than vision and audio", "SURE, section 3.3", "sure/table3",
+        "SURE, text + audio", "visual + audio", points(11.70)),
     _claim(
         "audio adds to text", "SURE, Table 3", "sure/table3", "SURE, text + audio", "text",
         points(4.66, 0.15)),

@@ -65,8 +65,13 @@ class Result:
 
     @property
     def validation(self) -> dict:
-        "Weighted F1 of the strict choice on validation: what choices are made by."
+        """Weighted F1 of the strict choice on validation: what choices are made by; of "refit" in
+        cross-validation."""
         return over_seeds([r["strict"]["validation"] for r in self.records])
+
+    def has(self, protocol: str) -> bool:
+        "Whether it was scored so: a row of the protocol released has no strict score."
+        return all(protocol in r for r in self.records)
 
     @property
     def gain(self) -> dict:
@@ -160,26 +165,30 @@ def table(
     apart = {
         key: difference(r, found[e.reference, key[1]])
         for key, r in found.items()
-        if not by_validation and key[0] != e.reference and (e.reference, key[1]) in found}
+        if not by_validation and key[0] != e.reference and (e.reference, key[1]) in found
+        and r.has("strict") and found[e.reference, key[1]].has("strict")}
     corrected = dict(zip(apart, holm([d.p_value for d in apart.values()])))
     for row in e.rows:
         line = lines[row.name] = {}
         for corpus in e.corpora:
             key = row.name, corpus
             r, d = found.get(key), apart.get(key)
-            cell = {"paper": f"{row.paper[corpus]:.1f}" if corpus in row.paper else ""}
+            paper = f"{row.paper[corpus]:.{e.decimals}f}" if corpus in row.paper else ""
+            if corpus in row.spread: paper += f" ± {row.spread[corpus]:.1f}"
+            cell = {"paper": paper}
+            strict, selected = (r and r.has(p) for p in ("strict", "test_selected"))
             if by_validation: cell = {"validation": r and percent(r.validation)}
             else:
                 cell |= {
-                    "strict": r and percent(r.score()),
-                    "test-selected": r and percent(r.score("test_selected")),
-                    "gain": r and f"{100 * r.gain['mean']:+.1f}"}
+                    "strict": strict and percent(r.score()),
+                    "test-selected": selected and percent(r.score("test_selected")),
+                    "gain": strict and selected and f"{100 * r.gain['mean']:+.1f}"}
                 if e.reference:
                     cell |= {
                         f"less {e.reference}": with_interval(d),
                         "p, Holm": f"{corrected[key]:.3f}" if d else ""}
             cell |= {"seeds": r and len(r.records)}
-            line.update({(corpus, k): "" if v is None else v for k, v in cell.items()})
+            line.update({(corpus, k): v or "" for k, v in cell.items()})
     frame = pd.DataFrame.from_dict(lines, orient="index")
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     return frame
@@ -238,6 +247,7 @@ def check(
     "Every claim's verdict."
     lines, tables, p_values = [], [], []
     for c in claims:
+        decimals = find_experiment(c.better.experiment).decimals
         for corpus in c.corpora:
             sides = [
                 results(s.experiment, ledger, preset).get((s.row, corpus))
@@ -250,7 +260,7 @@ def check(
                 "claim": c.says,
                 "source": c.source,
                 "corpus": corpus,
-                "paper": f"{c.paper[corpus]:+.1f}".replace("-", "−")
+                "paper": f"{c.paper[corpus]:+.{decimals}f}".replace("-", "−")
                 if corpus in c.paper
                 else "",
                 "ours": with_interval(d),
@@ -267,7 +277,8 @@ def check(
 # %% ../../nbs/834_tables.ipynb #7e1d0a10
 CORPORA = dict(
     iemocap="IEMOCAP", meld="MELD", mosi="CMU-MOSI", emorynlp="EmoryNLP", sample="sample corpus"
-) | {f"iemocap@session-{k}": f"IEMOCAP, session {k}" for k in range(1, 6)}
+) | {f"iemocap@session-{k}": f"IEMOCAP, session {k}" for k in range(1, 6)} | {
+    "iemocap@unlabelled_context=false": "IEMOCAP, labelled utterances alone"}
 
 # %% ../../nbs/834_tables.ipynb #7e1d0a13
 _NUMBER = re.compile(r"[+−]?[\d.,]+(\s?%|M|\ss)?(\s±\s[\d.]+)?(\s\([^()]*\))?(\sto\s\S+)?")

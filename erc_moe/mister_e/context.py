@@ -20,18 +20,21 @@ class TemporalInception(nn.Module):
         width: int,                                # D, of the embeddings
         out: int,                                  # width of the result
         kernels: tuple[int, ...] = (1, 3, 5),      # odd widths, in utterances
+        causal: bool = False,    # True: the utterance and those before it, none after
     ):
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.causal = kernels, causal
         self.convs = nn.ModuleList(nn.Linear(k*width, out) for k in kernels)
 
     def forward(self,
         x: Tensor,          # (M, D)
         layout: Layout,
     ) -> Tensor:            # (M, out)
-        radius = max(self.kernels) // 2
-        taps = layout.windows(x, radius)  # (M, K, D)
-        seen = lambda k: taps[:, radius - k//2:radius + k//2 + 1].flatten(1)  # (M, k*D), a view
+        last = max(self.kernels) - 1
+        after = 0 if self.causal else last//2
+        taps = layout.windows(x, last - after, after)  # (M, K, D)
+        first = lambda k: last + 1 - k if self.causal else (last + 1 - k)//2
+        seen = lambda k: taps[:, first(k):first(k) + k].flatten(1)  # (M, k*D), a view
         return sum(F.relu(conv(seen(k))) for k, conv in zip(self.kernels, self.convs))
 
 # %% ../../nbs/200_context.ipynb #159701c1
@@ -43,11 +46,14 @@ class ContextNetwork(nn.Module):
         hidden: int = 512,       # of each direction
         layers: int = 3,         # of the GRU
         dropout: float = 0.2,    # between layers
+        causal: bool = False,    # True: nothing after the utterance is read; the GRU runs forward,
+                                 # as wide as both directions together
     ):
         super().__init__()
-        self.inception = TemporalInception(width, 2*hidden)
+        self.inception = TemporalInception(width, 2*hidden, causal=causal)
         self.gru = nn.GRU(
-            2 * hidden, hidden, layers, bidirectional=True, dropout=dropout if layers > 1 else 0.0)
+            2 * hidden, 2 * hidden if causal else hidden, layers, bidirectional=not causal,
+            dropout=dropout if layers > 1 else 0.0)
         self.residual = nn.Linear(width, 2*hidden)
         self.dropout = dropout
         self.head = nn.Linear(2*hidden, classes)

@@ -21,11 +21,12 @@ class StreamAttention(nn.Module):
         heads: int,
         cross: bool,  # True: keys and values of the other stream (5-6); False: of its own (7-8)
         dropout: float = 0.5,     # on what attention brings, before the residual
+        causal: bool = False,     # True: an utterance hears those up to itself
     ):
         super().__init__()
         if inner % heads:
             raise ValueError(f"attention {inner} wide cannot be shared by {heads} heads")
-        self.heads, self.cross, self.dropout = heads, cross, dropout
+        self.heads, self.cross, self.dropout, self.causal = heads, cross, dropout, causal
         self.qkv_weight, self.qkv_bias = stacked_linear(2, width, 3*inner)
         self.out_weight, self.out_bias = stacked_linear(2, inner, width)
         self.norm_weight = nn.Parameter(torch.ones(2, 1, width))
@@ -42,13 +43,14 @@ class StreamAttention(nn.Module):
         # (2B, heads, N, A/heads)
         q, k, v = qkv.view(2*B, N, 3, self.heads, -1).transpose(1, 3).unbind(2)
         if self.cross: k, v, seen = k.roll(B, 0), v.roll(B, 0), seen.flip(0)
-        keys = seen.flatten(0, 1)  # (2B, N)
-        some = keys.any(1)
+        keys = seen.flatten(0, 1)[:, None]  # (2B, 1, N)
+        if self.causal: keys = keys & keys.new_ones(N, N).tril()  # (2B, N, N)
+        some = keys.any(2, keepdim=True)  # (2B, 1 or N, 1)
         # (2B, heads, N, A/heads)
-        heard = F.scaled_dot_product_attention(q, k, v, (keys | ~some[:, None])[:, None, None])
+        heard = F.scaled_dot_product_attention(q, k, v, (keys | ~some)[:, None])
         # (2, M, A)
         heard = (
-            (heard * some[:, None, None, None])
+            (heard * some[:, None])
             .transpose(1, 2)
             .reshape(2, B * N, -1)[:, layout.index])
         heard = torch.baddbmm(self.out_bias, heard, self.out_weight)  # (2, M, W)
@@ -66,11 +68,13 @@ class FusionNetwork(nn.Module):
         attention_width: int = 120,      # A, inside attention, over all heads
         heads: int = 4,
         dropout: float = 0.5,
+        causal: bool = False,            # True: an utterance hears those up to itself
     ):
         super().__init__()
         self.inputs = nn.ModuleDict({m: nn.Linear(d, width) for m, d in widths.items()})
-        self.layers = nn.ModuleList(StreamAttention(width, attention_width, heads, cross, dropout)
-                                    for _ in range(layers) for cross in (True, False))
+        self.layers = nn.ModuleList(
+            StreamAttention(width, attention_width, heads, cross, dropout, causal)
+            for _ in range(layers) for cross in (True, False))
         self.dropout = dropout
         self.head = nn.Linear(2*width, classes)
 

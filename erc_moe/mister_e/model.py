@@ -16,6 +16,7 @@ from ..losses import LossParts, consistency_loss, contrastive_loss, focal_loss
 from .context import ContextNetwork, add_context
 from .fusion import FusionNetwork
 from .gate import Gate
+from .released import ReleasedFusion
 from ..ragged import Layout
 
 # %% ../../nbs/203_mister_e.ipynb #88ce51c5
@@ -44,6 +45,13 @@ class MisterEConfig(ModelConfig):
     consistency_weight: float = 0.1      # alpha (eq 16)
     # of every loss over utterances: eqs 12-17, or the released code's
     reduction: Literal["sum", "mean"] = "sum"
+    # the released code divides the consistency term by conversations, whatever the others are
+    # divided by
+    consistency_reduction: Literal["same", "conversations"] = "same"
+    # whose anchors meet in the contrastive term; the released code: of the whole batch
+    contrast: Literal["conversation", "batch"] = "conversation"
+    fusion: Literal["paper", "released"] = "paper"    # eqs 5-9, or the released code's network
+    causal: bool = False  # True: nothing after the utterance is read
     model: str = "mister_e"              # what config.json is of
 
     modalities = ("speech", "text")
@@ -54,7 +62,9 @@ class MisterEConfig(ModelConfig):
                 layers=2, contrastive_weight=1.0, consistency_weight=1e-3, temperature=0.05),
             "mosi": dict(contrastive_weight=1.0)},
         "released": {"": dict(    # where the authors' code differs from the paper
-            gate="mlp", gate_temperature=2.0, consistency="symmetric", heads=3, reduction="mean")},
+            gate="mlp", gate_temperature=2.0, consistency="symmetric", heads=3, reduction="mean",
+            consistency_reduction="conversations", contrast="batch", fusion="released",
+            context_dropout=0.0)},
         "cpu": {      # chosen on validation splits
             "": dict(
                 hidden=64, layers=1, fusion_width=128, fusion_layers=1, attention_width=64,
@@ -95,13 +105,14 @@ class MisterE(ConversationModel):
         super().__init__(config)
         c = self.config
         self.context = nn.ModuleDict({
-            m: ContextNetwork(d, c.classes, c.hidden, c.layers, c.context_dropout)
+            m: ContextNetwork(d, c.classes, c.hidden, c.layers, c.context_dropout, c.causal)
             for m, d in c.widths.items()})
         self.fusion = self.gate = None
         if len(c.widths) > 1:
-            self.fusion = FusionNetwork(
+            kind = {"paper": FusionNetwork, "released": ReleasedFusion}[c.fusion]
+            self.fusion = kind(
                 c.widths, c.classes, c.fusion_width, c.fusion_layers, c.attention_width, c.heads,
-                c.fusion_dropout)
+                c.fusion_dropout, c.causal)
             self.gate = Gate(len(c.experts), c.classes, c.gate, c.gate_hidden, c.gate_temperature)
 
     def forward(self, batch: ConversationBatch) -> MisterEOutput:
@@ -145,8 +156,11 @@ class MisterE(ConversationModel):
         parts["mixture"] = focal(output.logits, labels)
         parts["contrastive"] = self.contrast(output, labels, seen, layout)
         *unimodal, fused = (layout.flat(x) for x in output.experts.values())
-        parts["consistency"] = c.consistency_weight * consistency_loss(
-            fused, unimodal, (labels >= 0) & seen.all(0), c.consistency, c.reduction)
+        share, reduction = 1, c.reduction
+        if c.consistency_reduction == "conversations":
+            share, reduction = len(batch.mask), "sum"
+        parts["consistency"] = c.consistency_weight / share * consistency_loss(
+            fused, unimodal, (labels >= 0) & seen.all(0), c.consistency, reduction)
         return LossParts(parts)
 
     def contrast(self,
@@ -155,5 +169,6 @@ class MisterE(ConversationModel):
         "The contrastive term (eqs 13-14) of the fusion network's streams."
         c = self.config
         return c.contrastive_weight * contrastive_loss(
-            *output.representations, labels, layout.conversation, c.temperature, c.reduction,
+            *output.representations, labels,
+            layout.conversation * (c.contrast == "conversation"), c.temperature, c.reduction,
             seen.T)

@@ -53,7 +53,7 @@ class Monolithic(_OneStream):
     def join(self, c: MonolithicConfig):
         self.fusion = FusionNetwork(
             {m: 2 * c.hidden for m in c.widths}, c.classes, c.fusion_width, c.fusion_layers,
-            c.attention_width, c.heads, c.fusion_dropout)
+            c.attention_width, c.heads, c.fusion_dropout, c.causal)
         self.gate = None
 
     def answer(self, layout, seen, xs, contexts) -> MisterEOutput:

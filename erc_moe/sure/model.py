@@ -34,6 +34,7 @@ class SureConfig(ModelConfig):
     speakers: int = 2  # of a conversation that are told apart, in order of appearance
     input_dropout: float = 0.                 # on the features
     dropout: float = 0.5                      # in the transformer gate and before the classifier
+    causal: bool = False  # True: nothing after the utterance is read
     class_weights: list[float]|None = None    # factor per class in the cross-entropy
     divergence_weight: float = 1e-3           # of the experts' KL to N(0, I)
     balance_weight: float = 1e-2              # of the load balance
@@ -79,8 +80,10 @@ class Sure(ConversationModel):
         each = lambda module, *args: nn.ModuleDict({m: module(*args) for m in c.widths})
         self.inputs = nn.ModuleDict({m: nn.Linear(d, c.width) for m, d in c.widths.items()})
         self.moe = each(GaussianExperts, c.width, c.experts, c.chosen, c.routing) if c.moe else None
-        self.reasoning = each(IterativeReasoning, c.width, c.steps) if c.reasoning else None
-        self.transformer = TransformerGate(len(c.widths), c.width, c.heads, c.dropout, c.speakers)
+        self.reasoning = (
+            each(IterativeReasoning, c.width, c.steps, c.causal) if c.reasoning else None)
+        self.transformer = TransformerGate(
+            len(c.widths), c.width, c.heads, c.dropout, c.speakers, c.causal)
         self.head = nn.Linear(len(c.widths)*c.width, c.classes)
 
     def forward(self, batch: ConversationBatch) -> SureOutput:

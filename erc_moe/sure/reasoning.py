@@ -20,6 +20,7 @@ def _read_long(
     questions: Tensor,    # (M, D)
     keys: Tensor,         # (M, D), the values too
     layout: Layout,
+    causal: bool = False,
 ) -> Tensor:              # (M, D)
     "What attention brings, conversation by conversation, without a map of all pairs."
     sizes = [n for n in layout.mask.sum(1).tolist() if n]
@@ -27,7 +28,9 @@ def _read_long(
     # (1, 1, n, D) each
     parts = (x[None, None].split(sizes, 2) for x in (questions, keys.to(questions)))
     return torch.cat(
-        [F.scaled_dot_product_attention(q, k, k, scale=1.0) for q, k in zip(*parts)], 2)[0, 0]
+        [
+            F.scaled_dot_product_attention(q, k, k, scale=1.0, is_causal=causal)
+            for q, k in zip(*parts)], 2)[0, 0]
 
 # %% ../../nbs/301_iterative_reasoning.ipynb #a8bf0909
 class IterativeReasoning(nn.Module):
@@ -36,12 +39,13 @@ class IterativeReasoning(nn.Module):
     def __init__(self,
         width: int,        # D, even
         steps: int = 2,    # S
+        causal: bool = False,    # True: nothing after the utterance is read
     ):
         super().__init__()
         if width % 2: raise ValueError(f"a width of {width} cannot be shared by two directions")
         if steps < 1: raise ValueError(f"reasoning takes one step at least, not {steps}")
-        self.steps = steps
-        self.context = nn.GRU(width, width//2, bidirectional=True)
+        self.steps, self.causal = steps, causal
+        self.context = nn.GRU(width, width if causal else width//2, bidirectional=not causal)
         self.memory = nn.LSTM(width, width)
         self.key = nn.Linear(width, width)
         self.query = nn.Linear(width, 2*width)
@@ -67,10 +71,12 @@ class IterativeReasoning(nn.Module):
             state = o.sigmoid()*cell.tanh()  # (M, D) q~
             if mapped:
                 score = torch.einsum("bid,bjd->bij", layout.padded(state), G)  # (B, N, N)
-                score = score.masked_fill(~layout.mask[:, None], torch.finfo(score.dtype).min)
+                keep = layout.mask[:, None]  # (B, 1, N)
+                if self.causal: keep = keep & keep.new_ones(keep.shape[2], keep.shape[2]).tril()
+                score = score.masked_fill(~keep, torch.finfo(score.dtype).min)
                 maps.append(score.softmax(-1) * layout.mask[..., None])
                 read = layout.flat(torch.einsum("bij,bjd->bid", maps[-1].to(G), G))  # (M, D)
-            else: read = _read_long(state, keys, layout)
+            else: read = _read_long(state, keys, layout, self.causal)
             q = torch.cat([state, read], 1)  # (M, 2D)
         return self.out(q), torch.stack(maps) if mapped else None
 

@@ -30,11 +30,13 @@ class TransformerGate(nn.Module):
         heads: int = 8,
         dropout: float = 0.5,
         speakers: int = 2,  # of a conversation that are told apart; all further ones share a row
+        causal: bool = False,     # True: an utterance hears those up to itself
     ):
         super().__init__()
         if width % heads or width % 2:
             raise ValueError(f"a width of {width} must be even and shared evenly by {heads} heads")
         self.streams, self.width, self.heads, self.dropout = streams, width, heads, dropout
+        self.causal = causal
         self.speaker = nn.Parameter(torch.zeros(speakers + 1, width))
         # columns: (3, other stream, D)
         self.qkv_weight, self.qkv_bias = stacked_linear(streams, width, 3*streams*width)
@@ -60,18 +62,17 @@ class TransformerGate(nn.Module):
             .index_copy_(1, layout.index, y)
             .view(S * B, N, S * self.heads, -1)
             .transpose(1, 2))
-        some = seen.any(2).T  # (B, S)
-        # (S*B, S*heads, N)
-        keys = (
-            (seen.transpose(0, 1) | ~some[..., None])
-            .repeat_interleave(self.heads, 1)
-            .repeat(S, 1, 1))
+        may = seen.transpose(0, 1)[:, :, None]  # (B, S, 1, N)
+        if self.causal: may = may & may.new_ones(N, N).tril()  # (B, S, N, N)
+        some = may.any(3, keepdim=True)  # (B, S, 1 or N, 1)
+        # (S*B, S*heads, 1 or N, N)
+        keys = (may | ~some).repeat_interleave(self.heads, 1).repeat(S, 1, 1, 1)
         heard = F.scaled_dot_product_attention(
-            place(q), place(k.transpose(0, 2)), place(v.transpose(0, 2)), keys[:, :, None])
+            place(q), place(k.transpose(0, 2)), place(v.transpose(0, 2)), keys)
         # (asks, M, asked, D)
+        asked = layout.flat(some[..., 0].transpose(1, 2).expand(B, N, S))  # (M, S)
         heard = (
-            heard.transpose(1, 2).reshape(S, B * N, S, D)[:, layout.index]
-            * some[layout.conversation][..., None])
+            heard.transpose(1, 2).reshape(S, B * N, S, D)[:, layout.index] * asked[..., None])
         return heard.transpose(1, 2).flatten(0, 1)
 
     def forward(self,

@@ -26,6 +26,7 @@ from .cards import model_card
 from .loop import (
     SELECTION, TrainingConfig, dataset, epoch_seed, fit, load_trained, score)
 from .predictions import Predictions, read_csv, write_csv
+from .refit import refit_epochs
 from .results import figures, gather_seeds, interval, provenance
 
 # %% ../../nbs/822_run_folders.ipynb #974f5b62
@@ -74,13 +75,17 @@ def check_seeds(
 # %% ../../nbs/822_run_folders.ipynb #9a0c7d31
 def corpus_settings(
     corpus: Corpus,
-    protocol: str,     # "strict" or "paper"
+    protocol: str,     # of `SELECTION`
     preset: str,
 ) -> dict:             # JSON values
     "What every run keeps of its corpus and of how its epoch is chosen, for both stages."
     chosen = {
         "strict": "the epoch with the best validation score",
-        "paper": "test-selected: the epoch with the best test score"}
+        "paper": "test-selected: the epoch with the best test score",
+        "released": "test-selected: the epoch with the best test score, trained on train and "
+        "validation",
+        "refit": "the number of epochs by cross-validation over train and validation, then "
+        "trained on both"}
     return dict(
         corpus=corpus.name, corpus_note=corpus.protocol_note, labels=corpus.labels,
         protocol=protocol, selection=chosen[protocol], preset=preset,
@@ -130,7 +135,7 @@ def train_seed(
     training: TrainingConfig,
     seed: int,
     folder: Path,                     # of this seed
-    protocol: str = "strict",         # or "paper"
+    protocol: str = "strict",         # or another of `SELECTION`
     **options,                        # of `fit`
 ):
     "Train one model and write its folder, unless it is finished there."
@@ -140,6 +145,8 @@ def train_seed(
         # the first process decides for all: only it has waited for others
         if broadcast_object_list([(folder/"result.json").exists()])[0]: return
         if mine: clear_partials(folder)
+        if protocol == "refit":
+            options["until"], _ = refit_epochs(build, corpus, training, seed, folder, **options)
         torch.manual_seed(epoch_seed(seed, 0))
         model = build()
         fitted = fit(model, corpus, training, seed, folder, protocol, **options)

@@ -235,7 +235,8 @@ def train(
     # source is named for
     features: str|Path|None = None,
     preset: str = "cpu",                  # or "paper"
-    protocol: str = "strict",             # or "paper": test-selected, shown beside strict
+    # or "refit"; "paper": test-selected, shown beside strict; "released": see chapter 614
+    protocol: str = "strict",
     seeds: int|list[int] = 3,             # how many (0, 1, ...), or which
     out: str|Path|None = None,  # the run's folder; None: a temporary one, gone when Python ends
     changes: dict|list[str]|None = None,  # fields of the model's or the training's configuration
