@@ -87,6 +87,7 @@ bench: setup     ## speed and memory of the paper-size models and of many traini
 	$(BIN)/python benchmarks/mister_e.py --steps 15 --save results/benchmark-mister_e.json
 	$(BIN)/python benchmarks/sure.py --save results/benchmark-sure.json
 	$(BIN)/python benchmarks/reproduce.py --save results/benchmark-reproduce.json
+	$(BIN)/python benchmarks/memory.py --save results/benchmark-memory.json
 	$(BIN)/python benchmarks/tuning.py --encoder mpnet --frozen 8 --save results/benchmark-tuning.json
 
 wheel: setup     ## build the wheel and try it in a clean environment

@@ -9,7 +9,7 @@ __all__ = ['atomic_write', 'atomic_folder', 'clear_partials', 'write_json', 'rea
 # %% ../nbs/818_files.ipynb #e34b6cb3
 import hashlib, json, os, shutil, socket, sys, time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -41,10 +41,10 @@ def atomic_write(
             os.fsync(f.fileno())
         _appear(partial, path)
     except OSError as e:
-        if e.filename == str(partial): e.filename = str(path)
+        if str(e.filename) == str(partial): e.filename = str(path)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError): partial.unlink()     # mostly it has moved
 
 # %% ../nbs/818_files.ipynb #7e630dc6
 def atomic_folder(

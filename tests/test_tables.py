@@ -270,3 +270,8 @@ def test_a_prediction_keeps_what_a_table_says_of_its_rows(tmp_path):
         "first", "second"]
     with pytest.raises(DataError, match="none.wav' does not exist"):
         read_conversations(tmp_path/"a.csv")
+
+
+def test_an_error_is_one_short_line_whatever_it_quotes():
+    told = str(DataError("the cell " + "x"*9999 + "\n\x1b[2J is no time", "Write\nseconds.", "c"*999))
+    assert len(told) < 900 and told.isprintable() and told.endswith("Write seconds.")

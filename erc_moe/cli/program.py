@@ -61,13 +61,15 @@ def main(
 ) -> int:                          # the exit status
     "Run one command line."
     argv, name, debug = list(sys.argv[1:] if argv is None else argv), None, False
-    out = None
+    out, streams = None, [s for s in (sys.stdout, sys.stderr) if s is not None]
+    for stream in streams:      # a letter that a terminal cannot show ends no command
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         args = make_parser().parse_args(argv)
         name, debug, out = args.name_of_command, args.debug, getattr(args, "out", None)
         args.typed = shlex.join(["erc_moe", *argv])
         COMMANDS[name].run(args)
-        sys.stdout.flush()
+        for stream in streams: stream.flush()
         return 0
     except SystemExit as e: return e.code
     except argparse.ArgumentTypeError as e: status, line = 2, f"{e} (see erc_moe {name} --help)"
