@@ -60,4 +60,4 @@ if __name__ == "__main__":
         from erc_moe.files import write_json
         from erc_moe.training.results import provenance
         write_json(args.save, dict(
-            figures=figures, command="python benchmarks/memory.py --save FILE", **provenance("cpu")))
+            figures=figures, command="python benchmarks/memory.py", **provenance("cpu")))

@@ -273,5 +273,6 @@ def test_a_prediction_keeps_what_a_table_says_of_its_rows(tmp_path):
 
 
 def test_an_error_is_one_short_line_whatever_it_quotes():
-    told = str(DataError("the cell " + "x"*9999 + "\n\x1b[2J is no time", "Write\nseconds.", "c"*999))
+    cell = "x"*9999 + "\n\x1b[2J"
+    told = str(DataError(f"the cell {cell} is no time", "Write\nseconds.", "c"*999))
     assert len(told) < 900 and told.isprintable() and told.endswith("Write seconds.")
