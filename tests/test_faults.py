@@ -307,3 +307,12 @@ def test_a_damaged_checkpoint_costs_its_seed_alone(corpus, tmp_path):
         checkpoint.write_bytes(whole)
     checkpoint.unlink()
     train_tiny(corpus, place)
+
+
+def test_a_strangers_seeds_name_no_folder_outside(corpus, tmp_path):
+    from erc_moe.training import Run
+    train_tiny(corpus, tmp_path/"run")
+    summary = json.loads((tmp_path/"run"/"summary.json").read_text())
+    for seeds in (["../../x"], [-1], [True], [1.5]):
+        (tmp_path/"run"/"summary.json").write_text(json.dumps(summary | {"seeds": seeds}))
+        with pytest.raises(DataError, match="names the seed"): Run(tmp_path/"run")

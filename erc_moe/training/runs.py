@@ -51,6 +51,11 @@ class Run:
         self.summary = read_json(
             self.folder/"summary.json", "Repeat the command that trained it: it writes the file again.",
             ("model", "corpus", "labels", "seeds", "features", "validation", "test"))
+        for seed in self.summary["seeds"]:
+            if type(seed) is not int or seed < 0:        # it names a folder
+                raise DataError(
+                    f"{self.folder/'summary.json'} names the seed {seed!r}",
+                    "Repeat the command that trained it: it writes the file again.")
         self.entry, self.labels, self.seeds = (
             self._find(model), self.summary["labels"], self.summary["seeds"])
 
