@@ -34,8 +34,9 @@ def read_dialogues(
     backwards: list[bool],             # of each: True: from each conversation's end
 ) -> list[Tensor]:                     # emotion states (M, E) of each
     "Every DialogueRNN recurrence over its own utterances, in one time loop."
-    R, D, one = len(nets), xs[0].shape[1], nets[0]
-    G, P = one.global_cell.hidden_size, one.party_cell.hidden_size
+    R, D, H = len(nets), xs[0].shape[1], nets[0].global_cell.hidden_size
+    if nets[0].party_cell.hidden_size != H:
+        raise ValueError("global and party states take their steps together: let them be as wide")
     order = torch.stack([
         layout.steps(layout.length - 1 - layout.position if back else layout.position)
         for back in backwards])  # (R, M)
@@ -45,36 +46,35 @@ def read_dialogues(
     rank = torch.cat([torch.arange(b) for b in sizes]).to(x.device)  # (M,) of the conversation
     # (R, M) where the speaker's state is among R*B*parties
     place = (torch.arange(R, device=x.device)[:, None]*B + rank)*parties + speakers[order]
-    stack = lambda of: torch.stack([of(net) for net in nets])
-    bias = lambda *parts: torch.cat(parts, 1)[:, None]
-    g_said, g_party = stack(lambda n: n.global_cell.weight_ih).split([D, P], 2)
-    q_said, q_past = stack(lambda n: n.party_cell.weight_ih).split([D, G], 2)
-    said = torch.baddbmm(  # (R, M, 3G + 3P + G)
-        bias(stack(lambda n: n.global_cell.bias_ih), stack(lambda n: n.party_cell.bias_ih),
-             x.new_zeros(R, G)),
-        x, torch.cat([g_said, q_said, stack(lambda n: n.attend.weight)], 1).mT)
-    of_party = torch.cat([g_party, stack(lambda n: n.party_cell.weight_hh)], 1).mT.contiguous()
-    party_bias = bias(x.new_zeros(R, 3*G), stack(lambda n: n.party_cell.bias_hh))
-    of_global, q_past = stack(lambda n: n.global_cell.weight_hh).mT.contiguous(), q_past.mT
-    global_bias = bias(stack(lambda n: n.global_cell.bias_hh))
-    g, past, spoken = x.new_zeros(R, B, G), x.new_zeros(R, B, 0, G), []
-    rows = x.new_zeros(R*B*parties, P)
-    for said_t, place_t in zip(said.split(sizes, 1), place.split(sizes, 1)):
-        to_g, to_q, key = said_t.split([3*G, 3*P, G], 2)
-        b = key.shape[1]
+    # (2R, ...): of all global cells, then of all party cells
+    cells = [net.global_cell for net in nets] + [net.party_cell for net in nets]
+    stack = lambda of, among: torch.stack([of(c) for c in among])
+    bias = lambda of, among: stack(of, among)[:, None]
+    to_said, to_heard = stack(lambda c: c.weight_ih, cells).mT.split([D, H], 1)  # (2R, D|H, 3H)
+    of_state, to_heard = stack(lambda c: c.weight_hh, cells).mT.contiguous(), to_heard.contiguous()
+    state_bias = bias(lambda c: c.bias_hh, cells)
+    said = torch.baddbmm(bias(lambda c: c.bias_ih, cells), x.repeat(2, 1, 1), to_said)
+    keys = torch.bmm(x, stack(lambda n: n.attend.weight, nets).mT)  # (R, M, H)
+    g, past, spoken = x.new_zeros(R, B, H), x.new_zeros(R, B, 0, H), []
+    rows = x.new_zeros(R*B*parties, H)
+    for said_t, key, place_t in zip(*(y.split(sizes, 1) for y in (said, keys, place))):
+        b, place_t = key.shape[1], place_t.flatten()
         if b < g.shape[1]: g, past = g[:, :b], past[:, :b]
-        q = rows.index_select(0, place_t.flatten()).view(R, b, P)  # the speakers' states
-        q_to_g, q_to_q = torch.baddbmm(party_bias, q, of_party).split([3*G, 3*P], 2)
+        q = rows.index_select(0, place_t).view(R, b, H)  # the speakers' states
         if past.shape[2]:
-            heard = (past @ key[..., None]).softmax(2)  # (R, b, t, 1)
-            to_q = to_q + torch.bmm((heard.mT.to(past) @ past)[:, :, 0], q_past)
-        g = _gru(to_g + q_to_g, torch.baddbmm(global_bias, g, of_global), g)
-        spoken.append(_gru(to_q, q_to_q, q))
-        rows = rows.index_copy(0, place_t.flatten(), spoken[-1].flatten(0, 1))
+            share = (past @ key[..., None]).softmax(2)  # (R, b, t, 1)
+            context = (share.mT.to(past) @ past)[:, :, 0]  # (R, b, H)
+        else: context = torch.zeros_like(q)
+        # the global cell hears the speaker's state, the party cell the context
+        given = torch.baddbmm(said_t, torch.cat([q, context.to(q)]), to_heard)  # (2R, b, 3H)
+        state = torch.cat([g, q])  # (2R, b, H)
+        g, spoken_t = _gru(given, torch.baddbmm(state_bias, state, of_state), state).chunk(2)
+        spoken.append(spoken_t)
+        rows = rows.index_copy(0, place_t, spoken_t.flatten(0, 1))
         past = torch.cat([past, g[:, :, None]], 2)
     gates = [  # (M, 3E) each
         F.linear(s[o.argsort()], n.emotion.weight_ih_l0, n.emotion.bias_ih_l0)
         for n, s, o in zip(nets, torch.cat(spoken, 1), order)]
     return [*_LockStepGRU.apply(
-        stack(lambda n: n.emotion.weight_hh_l0), bias(stack(lambda n: n.emotion.bias_hh_l0)),
+        stack(lambda n: n.emotion.weight_hh_l0, nets), bias(lambda n: n.emotion.bias_hh_l0, nets),
         order, sizes, *gates)]
