@@ -84,7 +84,8 @@ def test_edges_are_weighed_one_by_one(lengths, seed, cells):
                 ends = [(k, j) for k, j in zip(kinds, rows.tolist()) if k and seen[e, j]]
                 expected = torch.zeros(3, dtype=torch.float64)
                 if ends:
-                    score = torch.stack([asks[e, at] + keys[e, j] + bias[e, k - 1] for k, j in ends])
+                    score = torch.stack([
+                        asks[e, at] + keys[e, j] + bias[e, k - 1] for k, j in ends])
                     weight = torch.where(score > 0, score, .2*score).softmax(0)
                     expected = weight @ values[e, [j for _, j in ends]]
                 torch.testing.assert_close(told[e, at], expected, atol=1e-10, rtol=0)
