@@ -166,7 +166,7 @@ class TrainingConfig:
                     f"{name} is {getattr(self, name)!r}", f"It can be {' or '.join(allowed)}.")
         for name, low, high in (
             ("epochs", 1, 1e6), ("batch_size", 1, 1e6),
-            ("accumulate", 1, 1e6), ("lr", 1e-12, 1e3),
+            ("accumulate", 1, 1e6), ("lr", 0, 1e3),
             ("weight_decay", 0, 1e3), ("max_norm", 0, 1e6), ("warmup", 0, 1),
             ("ema", 0, 1 - 1e-9), ("patience", 0, 1e6)):
             if not low <= getattr(self, name) <= high:
