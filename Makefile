@@ -86,6 +86,7 @@ fuzz: setup      ## damaged files for every reader, a minute each; what breaks o
 bench: setup     ## speed and memory of the paper-size models and of many trainings at a time, as ratios; renews results/benchmark-*.json
 	$(BIN)/python benchmarks/mister_e.py --steps 15 --save results/benchmark-mister_e.json
 	$(BIN)/python benchmarks/sure.py --save results/benchmark-sure.json
+	$(BIN)/python benchmarks/systems.py --steps 5 --save results/benchmark-systems.json
 	$(BIN)/python benchmarks/reproduce.py --save results/benchmark-reproduce.json
 	$(BIN)/python benchmarks/memory.py --save results/benchmark-memory.json
 	$(BIN)/python benchmarks/tuning.py --encoder mpnet --frozen 8 --save results/benchmark-tuning.json
