@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from erc_moe.cli import main
 from erc_moe.conversations import DataError
 from erc_moe.corpora import load_corpus
 from erc_moe.corpora.registry import OWN_CORPORA, register_corpus
@@ -73,3 +74,32 @@ def test_a_reader_from_a_prompt_is_told(monkeypatch):
     with pytest.raises(DataError, match="the reader of typed was defined at a prompt.*FILE.py"):
         _own_corpora({"typed", "sample"})
     OWN_CORPORA.clear()
+
+
+def test_runs_are_compared_and_a_table_of_ones_own_is_split(reader, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--corpus", reader, "--seeds", "2", "--set", "epochs=1", "--device", "cpu"]
+    for name, hidden in (("narrow", 2), ("wide", 16)):
+        assert main([
+            "train", "--model", "context_free", *quick, "--set", f"hidden={hidden}",
+            "--out", name]) == 0
+    assert main(["compare", "narrow", "wide", "--picture", "seen.svg"]) == 0
+    said = capsys.readouterr().out
+    assert "wide" in said.splitlines()[-2] and Path("seen.svg").read_bytes()[:5] == b"<?xml"
+    assert main(["compare", "narrow"]) == 1 and main(["compare", "narrow", "gone"]) == 1
+    assert "holds no summary.json" in capsys.readouterr().err
+    Path("mine.yaml").write_text(f"""
+name: mine/parts
+corpora: ["{reader}"]
+seeds: 2
+rows:
+- {{name: small, model: context_free, changes: {{epochs: 1, hidden: 2}}}}
+- {{name: large, model: context_free, changes: {{epochs: 1, hidden: 8}}}}
+""")
+    part = ["reproduce", "mine.yaml", "--workers", "1", "--device", "cpu"]
+    assert main([*part, "--row", "small", "--seed", "1"]) == 0
+    found, = Ledger("results/reproduce")
+    assert found["cell"]["seed"] == 1 and found["cell"]["changes"]["hidden"] == 2
+    capsys.readouterr()
+    assert main([*part, "--row", "tiny"]) == 1
+    assert "there is no row tiny to train. There are small, large." in capsys.readouterr().err

@@ -74,8 +74,8 @@ def show_tables(args, ledger, chosen):
     "erc_moe reproduce mister_e/table2 --preset cpu --data corpora",
     option(
         "name", metavar="NAME",
-        help="An experiment (mister_e/table2), a paper (mister_e, sure), all, or one of three "
-        "words: list shows the experiments, claims checks every claim of the papers, "
+        help="An experiment (mister_e/table2), a paper (mister_e, sure), all, a file of your own "
+        "that declares one (.yaml or .py), or one of three words: list shows the experiments, claims checks every claim of the papers, "
         "numbers shows what became of every number of their tables."),
     DATA,
     option(
@@ -95,6 +95,10 @@ def show_tables(args, ledger, chosen):
     option(
         "--workers", type=whole_number(1, 1024), metavar="N",
         help="Trainings at a time (default: one per core, or one on a GPU)."),
+    option("--row", metavar="NAME", help="Train this row alone."),
+    option("--corpus", metavar="NAME", help="Train on this corpus alone."),
+    option("--seed", type=int, metavar="N", help="Train this seed alone: a job array shares a "
+           "table so."),
     option(
         "--show", action="store_true",
         help="Train nothing: print what is on record. Needs no data."),
@@ -110,7 +114,7 @@ def reproduce(args):
     if not reading:
         ledger = experiments.reproduce(
             chosen, args.preset, args.data, args.features, args.results, args.seeds, args.workers,
-            device=args.device)
+            device=args.device, part=(args.row, args.corpus, args.seed))
     records = [r for r in ledger if r["cell"]["preset"] == args.preset]
     if reading and not records:
         raise DataError(

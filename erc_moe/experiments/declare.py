@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'PAPER_SPLITS', 'EXPERIMENTS', 'Cell', 'Row', 'Experiment', 'located', 'made_by', 'missing_stores',
-           'declare', 'find_experiments', 'find_experiment']
+           'declare', 'experiments_in', 'find_experiments', 'find_experiment']
 
 # %% ../../nbs/830_experiments.ipynb #0387c9c0
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+import yaml
 from ..conversations import DataError
+from ..code_hashes import from_file
 from ..corpora import find_corpus
+from ..corpora.encodings import read_text
 
 # %% ../../nbs/830_experiments.ipynb #cda6f3ce
 # what the corpora's files hold, or is extracted from their sound
@@ -230,11 +233,54 @@ def declare(experiment: Experiment) -> Experiment:
     EXPERIMENTS[experiment.name] = experiment
     return experiment
 
+# %% ../../nbs/830_experiments.ipynb #697376d8
+def experiments_in(
+    path: str|Path,     # .py, which is run; .yaml or .yml
+) -> list[Experiment]:
+    "The experiments that a file declares; a `DataError` where it declares none, or wrongly."
+    path = Path(path)
+    if path.suffix.lower() == ".py":
+        before = dict(EXPERIMENTS)
+        from_file(f"{path}:__name__", "an experiment")
+        found = [e for n, e in EXPERIMENTS.items() if before.get(n) is not e]
+        _DECLARED[path.resolve()] = found = found or _DECLARED.get(path.resolve(), [])
+        if not found: raise DataError(f"{path} declares no experiment", "Call declare in it.")
+        return found
+    try: said = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as e:
+        raise DataError(f"{path} is no YAML ({str(e).splitlines()[0]})", "Correct it.") from e
+    out = []
+    for of in said if isinstance(said, list) else [said]:
+        try:
+            of = dict(of)
+            for name, sets in (of.pop("features", None) or {}).items():
+                if FEATURES.setdefault(name, sets) != sets:
+                    raise TypeError(f"the features {name} are known and others")
+            rows = tuple(Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()})
+                         for r in of.pop("rows"))
+            fields = dict(title="", source=path.name) | of
+            e = Experiment(**fields | dict(corpora=tuple(of["corpora"]), rows=rows))
+            for row in rows:
+                if row.features not in FEATURES:
+                    raise TypeError(f"row {row.name} has features {row.features}; there are "
+                                    f"{', '.join(FEATURES)}")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            if isinstance(error, DataError): raise
+            raise DataError(
+                f"{path} is no experiment ({type(error).__name__}: {error})",
+                "Give it name, corpora and rows, and each row a name and a model.") from error
+        out.append(declare(e))
+    return out
+
+_DECLARED = {}
+
 # %% ../../nbs/830_experiments.ipynb #d9628f73
 def find_experiments(
-    name: str,                   # an experiment's, "mister_e" for all of a paper, or "all"
+    # an experiment's, "mister_e" for all of a paper, "all", or a file: .yaml or .py
+    name: str,
 ) -> list[Experiment]:
     "The experiments that `name` stands for; a `DataError` that lists them otherwise."
+    if Path(name).suffix.lower() in (".py", ".yaml", ".yml"): return experiments_in(name)
     found = [e for e in EXPERIMENTS.values() if name in (e.name, e.name.partition("/")[0], "all")]
     if not found:
         raise DataError(

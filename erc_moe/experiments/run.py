@@ -368,6 +368,21 @@ def _name(cell):
     changes += [f"{k} {v}" for k, v in cell.to_dict().items() if k in ("protocol", "past")]
     return f"{cell.model} {cell.corpus}, {', '.join(features + changes)}, seed {cell.seed}"
 
+# %% ../../nbs/832_reproduce.ipynb #8a16bef2
+def _part(cells, row, corpus, seed):
+    "The cells of one row, one corpus, one seed, where they are named."
+    for what, wanted, of in (
+        ("row", row, lambda c, r: r.name), ("corpus", corpus, lambda c, r: c.corpus),
+        ("seed", seed, lambda c, r: c.seed)
+    ):
+        if wanted is None: continue
+        known = dict.fromkeys(str(of(*x)) for x in cells)
+        cells = [x for x in cells if of(*x) == wanted]
+        if not cells:
+            raise DataError(
+                f"there is no {what} {wanted} to train", f"There are {', '.join(known)}.")
+    return cells
+
 # %% ../../nbs/832_reproduce.ipynb #e4f5b2ca
 def reproduce(
     experiments: list[Experiment],
@@ -380,6 +395,8 @@ def reproduce(
     cache: str|Path|None = None,          # of extracted features
     work: str|Path = "runs/reproduce",    # for checkpoints
     device: str = "auto",                 # or "cpu"
+    # (row, corpus, seed): train these alone, None for all; so that a job array can share a table
+    part: tuple[str|None, str|None, int|None] = (None, None, None),
     tell=tqdm.write,                      # a function of one line
 ) -> Ledger:
     """Train every cell that is not on record as it would be made today. A training that fails
@@ -390,7 +407,7 @@ def reproduce(
     detailed = {
         cell for e in EXPERIMENTS.values() for cell, row in e.cells(preset, seeds) if row.detail}
     wanted: dict[Cell, bool] = {}
-    for cell, row in (x for e in experiments for x in e.cells(preset, seeds)):
+    for cell, row in _part([x for e in experiments for x in e.cells(preset, seeds)], *part):
         wanted[cell] = wanted.get(cell, False) or row.detail or cell in detailed
     todo, out, error = _plan(wanted, ledger, data, cache, stores)
     for why, cells in out.items(): tell(f"left out, {why}: {len(cells)} trainings")
