@@ -89,7 +89,7 @@ bench: setup     ## speed and memory of the paper-size models and of many traini
 	$(BIN)/python benchmarks/systems.py --steps 5 --save results/benchmark-systems.json
 	$(BIN)/python benchmarks/reproduce.py --save results/benchmark-reproduce.json
 	$(BIN)/python benchmarks/memory.py --save results/benchmark-memory.json
-	$(BIN)/python benchmarks/tuning.py --encoder mpnet --frozen 8 --save results/benchmark-tuning.json
+	$(BIN)/python benchmarks/tuning.py --encoder mpnet --frozen 8 --utterances 96 --save results/benchmark-tuning.json
 
 wheel: setup     ## build the wheel and try it in a clean environment
 	$(BIN)/python tools/check_wheel.py

@@ -1,5 +1,5 @@
 """What an epoch of stage 1 costs, as ratios: with the frozen layers computed once and every time,
-in float32 and in bfloat16.
+in float32 and in bfloat16, and with four turns of context in windows and in one pass.
 
     python benchmarks/tuning.py                                # minilm, a minute on two cores
     python benchmarks/tuning.py --encoder mpnet --frozen 8     # its top four layers; ten minutes
@@ -15,11 +15,13 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from erc_moe.corpora import load_corpus
+from erc_moe.encoders.reading import ConversationText
 from erc_moe.encoders.text import EmotionTextEncoder, TextEncoderConfig
 from erc_moe.features.published import PUBLISHED
 from erc_moe.files import write_json
@@ -30,11 +32,15 @@ FORMS = {   # name -> changes of the encoder's configuration, precision
     "cached, float16": (dict(cache="float16"), "no"),
     "uncached, bf16": (dict(), "bf16"),
     "cached, float16, bf16": (dict(cache="float16"), "bf16"),
+    "windows": (dict(context=4, cache="float16"), "no"),
+    "one pass": (
+        dict(context=4, reading="conversation", max_tokens=384, cache="float16"), "no"),
 }
 RATIOS = [
     ("uncached", "cached, float32"), ("uncached", "cached, float16"),
     ("uncached", "uncached, bf16"), ("cached, float16", "cached, float16, bf16"),
-    ("uncached", "cached, float16, bf16")]
+    ("uncached", "cached, float16, bf16"), ("windows", "cached, float16"),
+    ("one pass", "cached, float16"), ("windows", "one pass")]
 
 
 class Trainer:
@@ -53,23 +59,32 @@ class Trainer:
     def autocast(self):
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
+    def chosen(self, generator: torch.Generator) -> torch.Tensor:
+        "Items of 32 utterances at random, or of a few more."
+        if not isinstance(self.data, ConversationText):
+            return torch.randint(len(self.data), (32,), generator=generator)
+        order = torch.randperm(len(self.data.passages), generator=generator).tolist()
+        held = [0, *accumulate(len(self.data.targets([i])) for i in order)]
+        return torch.tensor([i for i, before in zip(order, held) if before < 32])
+
     def train(self, index: torch.Tensor) -> float:
-        "Seconds of the processor for a training step."
+        "Seconds of the processor for a training step, per utterance."
         used = time.process_time()
         self.model.train()
         batch = self.data.batch(index)
         with self.autocast(): loss = self.model.loss(self.model(batch), batch).total
         loss.backward()
         self.optimizer.step(); self.optimizer.zero_grad()
-        return time.process_time() - used
+        return (time.process_time() - used)/len(batch.labels)
 
     @torch.no_grad()
     def score(self, index: torch.Tensor) -> float:
-        "Seconds of the processor for scoring."
+        "Seconds of the processor for scoring, per utterance."
         used = time.process_time()
         self.model.eval()
-        with self.autocast(): self.model(self.data.batch(index))
-        return time.process_time() - used
+        batch = self.data.batch(index)
+        with self.autocast(): self.model(batch)
+        return (time.process_time() - used)/len(batch.labels)
 
 
 if __name__ == "__main__":
@@ -90,19 +105,18 @@ if __name__ == "__main__":
             name: Trainer(encoder, args.frozen, name, corpus.conversations, corpus.labels)
             for name in args.forms}
         count = len(next(iter(forms.values())).data)
-        generator = torch.Generator().manual_seed(0)
         said = {name: dict(train=[], score=[]) for name in forms}
-        for _ in range(args.utterances//32):
-            index = torch.randint(count, (32,), generator=generator)
+        for i in range(args.utterances//32):
             for name, form in forms.items():
+                index = form.chosen(torch.Generator().manual_seed(i))
                 said[name]["train"].append(form.train(index))
                 said[name]["score"].append(form.score(index))
     record = {}
     for name, form in forms.items():
         step, scored = (statistics.median(said[name][k]) for k in ("train", "score"))
         record[name] = dict(
-            epoch=round((step + scored/10)/32, 6), train=round(step/32, 6),
-            score=round(scored/32, 6), once=round(form.once/count, 6))
+            epoch=round(step + scored/10, 6), train=round(step, 6), score=round(scored, 6),
+            once=round(form.once/count, 6))
         print(
             f"{name:22s} {1e3*record[name]['epoch']:8.2f} ms of the processor per utterance and "
             f"epoch (training {1e3*record[name]['train']:.2f}, scoring "
