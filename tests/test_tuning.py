@@ -326,3 +326,16 @@ def test_conversations_of_ones_own_are_embedded_and_predicted(tuned, table, tmp_
     other.add(["lunch_0", "lunch_1"], np.zeros((2, tuned_extractor.width)))
     assert main([*predict, "--text", str(tmp_path/"other")]) == 1
     assert "is not what the model was trained with" in capsys.readouterr().err
+
+
+@pytest.mark.mpnet
+def test_the_real_mpnet_is_tuned_on_kept_states(table, tmp_path, monkeypatch):
+    monkeypatch.setenv("ERC_MOE_CACHE", str(tmp_path/"cache"))
+    changes = dict(
+        frozen_layers=-1, cache="float16", width=16, epochs=3, batch_size=8, lr=1e-3, context=1)
+    run = tune(
+        "text", "mpnet", str(table), seeds=1, out=tmp_path/"run", changes=changes, device="cpu",
+        progress=False)
+    losses = [e["losses"]["focal"] for e in run.log()]
+    assert losses[-1] < 0.8*losses[0] and run.summary["encoder"] == "mpnet"
+    assert run.summary["trained"] < 0.1*run.summary["parameters"]

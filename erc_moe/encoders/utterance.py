@@ -115,17 +115,16 @@ class EncoderConfig:
                     f"{name} is {getattr(self, name)!r}", f"It can be {', '.join(allowed)}.")
         for name, low, high in (
             ("rank", 1, 1e4), ("width", 1, 1e6), ("dropout", 0, 0.999), ("lora_dropout", 0, 0.999),
-            ("gamma", 0, 1e3), ("frozen_layers", 0, 1e4), ("head_rate", 1e-9, 1e6),
-            ("layer_decay", 1e-6, 1)):
+            ("gamma", 0, 1e3), ("frozen_layers", -1e4, 1e4), ("head_rate", 1e-9, 1e6),
+            ("layer_decay", 1e-6, 1), ("contrast", 0, 1e3), ("temperature", 1e-6, 1e3),
+            ("rating_weight", 0, 1e3)):
             if not low <= getattr(self, name) <= high:
                 raise DataError(
-                    f"{name} is {getattr(self, name)}", f"It must lie between {low} and {high:g}.")
+                    f"{name} is {getattr(self, name)}",
+                    f"It must lie between {low:g} and {high:g}.")
         if self.labels is not None and len(self.labels) != self.classes:
             raise DataError(
                 f"{len(self.labels)} labels for {self.classes} classes", "Name every class once.")
-        for name, least in dict(contrast=0, temperature=1e-6, rating_weight=0).items():
-            if not getattr(self, name) >= least:
-                raise DataError(f"{name} is {getattr(self, name)}", f"It must be {least} or more.")
         if self.four_bit and self.adaptation == "full":
             raise DataError(
                 "a transformer in 4 bits cannot be tuned whole", "Take adaptation=lora.")
