@@ -160,7 +160,7 @@ def test_checkpoints_of_other_models_are_refused(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("changes", [
     dict(input_dropout=1.), dict(widths={"text": 0}), dict(classes=0), dict(input_dropout=-.1),
-    dict(heads=7), dict(hidden=-1), dict(width=0), dict(temperature=float("nan")),
+    dict(heads=0), dict(hidden=-1), dict(width=0), dict(temperature=float("nan")),
 ], ids=str)
 def test_what_cannot_be_is_refused_by_name(name, changes):
     config = vars(MODELS[name].model_config("cpu", "own", {"text": 4}, LABELS))
@@ -168,6 +168,12 @@ def test_what_cannot_be_is_refused_by_name(name, changes):
     if field not in config: pytest.skip("it has no such field")
     with pytest.raises(DataError) as told: MODELS[name].config(**config | changes)
     assert ("'text'" if field == "widths" else field) in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["mister_e", "sure", "sdt"])
+def test_heads_that_do_not_divide_are_refused_by_name(name):
+    with pytest.raises(DataError, match="It must be a multiple of heads, which is 7"):
+        MODELS[name].model_config("cpu", "own", {"text": 4}, LABELS, heads=7)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
