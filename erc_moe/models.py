@@ -233,7 +233,7 @@ def _parse(name, text, like):
     except (ValueError, KeyError):
         raise DataError(
             f"{name} is {text!r}",
-            "Write it as JSON."
+            f"Write it as JSON; a list: --set '{name}=[\"a\", \"b\"]'"
             if like is None
             else f"It must be of type {type(like).__name__}, like {like!r}.",
         ) from None

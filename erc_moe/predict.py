@@ -171,7 +171,7 @@ class Predictor:
         data = ConversationTensors(ready, self.labels, self.pipeline.widths)
         chosen = self.models.values() if seed is None else [self.models[seed]]
         said = Predictions.of(conversations, self.labels, [score(m, data) for m in chosen])
-        return replace(said.calibrated(self.temperature), told=told + more)
+        return replace(said.calibrated(self.temperature), told=[*dict.fromkeys(told + more)])
 
     def save(self,
         folder: str|Path,       # made where there is none

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,64 @@ def test_report(run, capsys):
     page = (run/"report"/"index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") >= 6
     assert "http://" not in page and "https://" not in page
+
+
+
+def test_a_summary_with_other_labels_is_one_line(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path/"run")
+    summary = json.loads((run/"summary.json").read_text())
+    for labels in (["sad", "mad", "glad"], [*summary["labels"], "sad"], summary["labels"][::-1]):
+        (tmp_path/"run"/"summary.json").write_text(json.dumps(summary | {"labels": labels}))
+        assert main(["report", str(tmp_path/"run")]) == 1
+        err = capsys.readouterr().err
+        assert "the predictions beside it anger, joy, neutral. Repeat the command" in err
+        assert err.count("\n") == 1
+
+
+def test_what_a_labelled_table_has_and_is_never_predicted_is_told(tmp_path, capsys):
+    path = tmp_path/"t.csv"
+    for column, told in (("label", True), ("other", False)):
+        path.write_text(f"conversation,speaker,text,{column}\nc,A,Hello.,joy\nc,B,Hello.,disgust\n")
+        assert main(["predict", str(path), "--no-page"]) == 0
+        assert ("never predicted: " in capsys.readouterr().out) == told
+
+
+def test_a_place_is_checked_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("erc_moe.load", lambda name: pytest.fail("it was loaded"), raising=False)
+    (tmp_path/"talk.txt").write_text("Ana: Hello.\n")
+    (tmp_path/"folder.csv").mkdir()
+    (tmp_path/"page.html").mkdir()
+    for out, why in (("folder.csv", "directory"), ("talk.txt/x.csv", "part of the path is a file"),
+                     ("page.csv", "page.html"), ("n"*300 + ".csv", "shorter name")):
+        assert main(["predict", str(tmp_path/"talk.txt"), "--out", str(tmp_path/out)]) == 1
+        err = capsys.readouterr().err
+        assert why in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, status, told", [
+    (["reproduce", "nope"], 1, "there is no experiment 'nope'"), (["nope"], 2, "invalid choice"),
+    (["train", "--corpus", "sample", "--out", "x", "--se", "1"], 2, "unrecognized arguments: --se"),
+    (["demo", "--port", "0"], 2, "from 1 to 65535"), (["--debug"], 2, "COMMAND"),
+    (["demo", "--port", "70000"], 2, "from 1 to 65535")])
+def test_what_is_no_command_line_is_one_line(argv, status, told, capsys):
+    assert main(argv) == status
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_without_a_network_the_hub_says_one_line(tmp_path, capfd, monkeypatch):
+    import httpx
+    from huggingface_hub.utils import _http
+    def away(*_, **__): raise httpx.ConnectError("no network")
+    monkeypatch.setattr(httpx.Client, "send", away)
+    monkeypatch.setattr(httpx.Client, "request", away)
+    monkeypatch.setattr(_http.time, "sleep", lambda s: None)
+    assert main(["train", "--corpus", "sample", "--text", "hf:nobody/nothing", "--seeds", "1",
+                 "--out", str(tmp_path/"run")]) == 1
+    err = capfd.readouterr().err
+    assert err.count("out of reach; trying") <= 1 and "Retrying" not in err
+    assert "thrown while" not in err and "the hub is out of reach. Check the network" in err
+
 
 
 def test_a_test_selected_result_says_so_everywhere(table, tmp_path, capsys):

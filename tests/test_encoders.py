@@ -12,6 +12,7 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel, BertConfig, GemmaConfig, GPT2Config, HubertConfig, LlamaConfig, MPNetConfig,
@@ -140,6 +141,20 @@ def test_text_only_what_is_opened_moves_and_what_is_saved_is_enough(hub, tmp_pat
     assert (tmp_path / "encoder.safetensors").stat().st_size < sum(
         4 * p.numel() for n, p in encoder.named_parameters() if n in opened(encoder)
     ) + 8192
+
+
+
+def test_a_tuned_encoder_with_weights_that_are_no_numbers_is_refused(hub, tmp_path):
+    text_encoder(hub, next(iter(TEXT)), adaptation="lora").save_pretrained(tmp_path)
+    file = tmp_path/"encoder.safetensors"
+    whole = load_file(file)
+    for value in (np.nan, np.inf):
+        name = next(n for n, x in whole.items() if x.is_floating_point())
+        broken = whole[name].clone()
+        broken.view(-1)[0] = value
+        save_file(whole | {name: broken}, file)
+        with pytest.raises(DataError, match="hold NaN or infinity"): load_encoder(tmp_path)
+
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -1,5 +1,6 @@
 """Any sound, any transcript: the same turns, and each cut the clip that it was joined from."""
 import json
+import os
 import tracemalloc
 
 import av
@@ -542,3 +543,31 @@ def test_measures_follow_the_stretch_and_its_key(talk):
     for row, own in zip(rows, alone):
         assert np.allclose(row, smile.measure(np.round(own*32768)/32768), rtol=1e-2, atol=1e-2)
     assert len({smile.content_key(c) for c in clips}) == len(clips)
+
+
+def test_a_broken_mp3_is_one_line(tmp_path, capfd):
+    sound = 0.3*np.sin(np.arange(48000)*0.1)
+    soundfile.write(tmp_path/"whole.mp3", sound, 16000, format="MP3")
+    whole = (tmp_path/"whole.mp3").read_bytes()
+    rubbish = np.random.default_rng(0).bytes(3000)
+    for data in (whole[:len(whole)//2], b"\xff\xfb\x90\x00" + rubbish,
+                 whole[:300] + rubbish + whole[3300:]):
+        (tmp_path/"broken.mp3").write_bytes(data)
+        try: read_sound(tmp_path/"broken.mp3")
+        except DataError: pass
+    assert capfd.readouterr().err == ""
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
+
+
+def test_silence_in_a_recording_is_told_once(tmp_path):
+    from erc_moe import load
+    sound = 0.3*np.random.default_rng(0).normal(size=48000).clip(-1, 1)
+    sound[16000:32000] = 0
+    sound[32000:] = 1
+    soundfile.write(tmp_path/"talk.wav", sound, 16000)
+    turns = [Turn("A", "Hello.", 0., 1.), Turn("B", "Yes.", 1., 2.), Turn("A", "No.", 2., 3.)]
+    told = load("meld").predict(load_recording(tmp_path/"talk.wav", turns), missing="absent").told
+    for fault, id in (("silent", "talk_1"), ("clipped", "talk_2")):
+        assert [t for t in told if fault in t and id in t and "sounds that" in t] == [
+            f"speech sounds that are {fault}: 1 ({id})."]

@@ -20,6 +20,7 @@ from ..conversations import Conversation, DataError, Utterance
 from ..corpora.core import Corpus, FeatureTable, read_features, some
 from .prosody import PROSODY8, Prosody8
 from .speech import OPENSMILE_SETS, SOUND_FAULTS, OpenSmile, SoundCheck
+from ..recordings.sound import sound_note
 from .store import FeatureStore, extract
 from .published import PUBLISHED
 from ..files import atomic_write, cache_folder, read_json, sha256_file
@@ -225,7 +226,7 @@ def _spoken(measures, utterances, ids, cache, missing, progress):
     found = _extracted(check, check.rows, heard, ids, cache, "absent", False).values[:, 0]
     for place, fault in enumerate(SOUND_FAULTS):
         odd = [i for i, f in zip(ids, found) if f == place]
-        if fault and odd: rows.told.append(f"sounds that are {fault}: {len(odd)} ({some(odd)}).")
+        if fault and odd: rows.told.append(sound_note(fault, odd))
     return rows
 
 def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
@@ -397,7 +398,7 @@ class FeaturePipeline:
                     zip(done, np.split(np.hstack(values), ends[:-1]), np.split(present, ends[:-1]))]
         if not isinstance(data, Corpus): return done
         by_id = {c.id: c for c in done}
-        return replace(data.map(lambda c: by_id[c.id]), faults=data.faults + self.told)
+        return replace(data.map(lambda c: by_id[c.id]), faults=[*dict.fromkeys(data.faults + self.told)])
 
     def with_sources(self,
         # modality -> where its features are taken from instead, as many terms as before

@@ -16,7 +16,8 @@ from ..conversations import Clip, Conversation, DataError, Utterance
 from ..corpora.core import Corpus
 from ..corpora.files import some
 from .listen import listen
-from .sound import SHORTEST, SLACK, read_sound, sound_fault, sound_length
+from .sound import (
+    SHORTEST, SLACK, read_sound, sound_fault, sound_length, sound_note)
 from .transcripts import Turn, check_turns, read_transcript
 
 # %% ../../nbs/514_recordings.ipynb #110b338d
@@ -80,7 +81,7 @@ def _heard(sound, utterances, channel, told):
     if utterances[0].start is None:
         raise DataError("the transcript has no times, so the sound cannot be cut",
                         "Give a transcript with times, or leave the sound out.")
-    length, out, faults, over = sound_length(sound), [], {}, []
+    length, out, faults, odd, over = sound_length(sound), [], {}, {}, []
     for u in utterances:
         if u.start >= length or (u.end or 0) > length + SLACK:
             raise DataError(f"it lasts from {u.start:.2f} to {u.end or length:.2f} s, and the "
@@ -93,12 +94,14 @@ def _heard(sound, utterances, channel, told):
             continue
         clip = Clip(sound, u.start, u.end, channel[u.speaker])
         if fault := sound_fault(read_sound(clip, utterance=u.id)[0]):
-            faults.setdefault(f"{fault} in the sound", []).append(u.id)
+            odd.setdefault(fault, []).append(u.id)
         out.append(replace(u, audio=clip))
-    if len(faults.get("silent in the sound", [])) == len(utterances):
+    if len(odd.get("silent", [])) == len(utterances):
         raise DataError(f"{sound.name} is silent wherever somebody speaks", "Choose the channel "
                         "with the voice (--channel 1), or predict from the transcript alone.")
     if over: faults["ending beyond the sound (by half a second at most); cut there"] = over
     told += [f"{sound.name}: utterances {what}: {len(ids)} ({some(ids)})."
              for what, ids in faults.items()]
+    # as the features of the sound tell it: told once
+    told += [f"speech {sound_note(fault, ids)}" for fault, ids in odd.items()]
     return out

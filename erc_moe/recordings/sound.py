@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'SHORTEST', 'LONGEST', 'SLACK', 'EXACT', 'decode_once', 'resample', 'read_sound', 'sound_length', 'sound_key',
-           'prepare_sounds', 'sound_fault']
+           'prepare_sounds', 'sound_fault', 'sound_note']
 
 # %% ../../nbs/510_recorded_sound.ipynb #8aeba8db
 import hashlib
@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 
 from ..conversations import Clip, DataError
+from ..corpora.files import some
 from .files import Mixer, any_blocks, open_sound, sound_blocks
 
 # %% ../../nbs/510_recorded_sound.ipynb #83e2d1d4
@@ -192,3 +193,10 @@ def sound_fault(
     size = np.abs(samples)
     if size.max() < 1e-4: return "silent"
     return "clipped" if (size > 0.999).mean() >= 1e-3 else None
+
+def sound_note(
+    fault: str,        # "silent" or "clipped"
+    ids: list[str],    # the utterances that it was found in
+) -> str:
+    "The sentence for a reader."
+    return f"sounds that are {fault}: {len(ids)} ({some(ids)})."

@@ -15,7 +15,7 @@ import pandas as pd
 import soundfile
 
 from ..conversations import Clip, DataError
-from .files import FORMATS
+from .files import FORMATS, quiet
 from .sound import SHORTEST, SLACK
 from .transcripts import parse_seconds
 
@@ -24,7 +24,8 @@ def claimed_seconds(
     path: Path,
 ) -> float|None:   # None: no header tells, or the file has no sound, or cannot be read
     "Length of a file's sound by its header, in seconds."
-    try: return soundfile.info(path).duration
+    try:
+        with quiet(): return soundfile.info(path).duration
     except (soundfile.LibsndfileError, OSError): pass
     try: import av
     except ImportError: return None

@@ -128,7 +128,14 @@ class Run:
         split: str = "test",      # or "validation"
     ) -> pd.DataFrame:
         "The predictions that the training saved."
-        return read_predictions(self.seed_folder(seed), split)
+        table = read_predictions(self.seed_folder(seed), split)
+        found = [c.removeprefix("p_") for c in table if c.startswith("p_")]
+        if found != self.labels:
+            raise DataError(
+                f"{self.folder/'summary.json'} has the labels {', '.join(map(str, self.labels))}, "
+                f"the predictions beside it {', '.join(found)}",
+                "Repeat the command that trained it: it writes the file again.")
+        return table
 
     def prepare(self,
         conversations: list[Conversation],                  # as read
