@@ -398,7 +398,8 @@ class FeaturePipeline:
                     zip(done, np.split(np.hstack(values), ends[:-1]), np.split(present, ends[:-1]))]
         if not isinstance(data, Corpus): return done
         by_id = {c.id: c for c in done}
-        return replace(data.map(lambda c: by_id[c.id]), faults=[*dict.fromkeys(data.faults + self.told)])
+        faults = [*dict.fromkeys(data.faults + self.told)]      # each once
+        return replace(data.map(lambda c: by_id[c.id]), faults=faults)
 
     def with_sources(self,
         # modality -> where its features are taken from instead, as many terms as before
