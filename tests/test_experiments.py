@@ -358,7 +358,7 @@ def test_the_command_says_what_it_cannot_show(tmp_path, capsys):
         assert "nothing is on record" in capsys.readouterr().err
     for option in ("--seeds", "--workers"):
         assert main(["reproduce", "mister_e/table2", option, "0"]) == 2
-        assert "not a whole number of 1 or more" in capsys.readouterr().err
+        assert "not a whole number from 1 to" in capsys.readouterr().err
 
 
 def test_the_command_that_makes_a_store_is_one_that_its_parser_takes():
