@@ -10,6 +10,7 @@ import re
 from importlib import import_module
 from typing import Literal, get_args, get_origin
 
+import pandas
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -64,6 +65,11 @@ def field_table(kind):
 
 class PageRenderer(BasicMarkdownRenderer):
     "Heading with a link to the source, docstring, and the fields of a dataclass."
+    def __init__(self, sym, *args, **kwargs):
+        # an annotation may name, in quotes, a package that its module imports only when it is used
+        if inspect.isfunction(sym): sym.__globals__.setdefault("pandas", pandas)
+        super().__init__(sym, *args, **kwargs)
+
     def _repr_markdown_(self):
         whole = super()._repr_markdown_()
         if "." in getattr(self.sym, "__qualname__", ""): return whole
