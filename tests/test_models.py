@@ -71,6 +71,7 @@ CASES = [(name, changes) for name in MODELS for changes in ({}, *VARIANTS.get(na
 # (model, invariant) that does not hold, by intention: stage 2 is no way for stage 3's gradient
 EXCEPT = {("hcam", "finite_differences"), ("telme", "finite_differences")}
 seeds = st.integers(0, 2**16)
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)   # of a batch's conversations
 
 
 def case_of(name, changes={}):

@@ -12,7 +12,8 @@ from erc_moe.sure import Sure, SureConfig
 from erc_moe.sure.experts import GaussianExperts
 from erc_moe.sure.reasoning import IterativeReasoning, reason
 from erc_moe.sure.transformer import TransformerGate, positions
-from test_models import LABELS, WIDTHS, conversations, lengths, longer, seeds
+from erc_moe.testing.model import LABELS, WIDTHS, random_conversations
+from test_models import lengths, seeds
 
 SMALL = dict(width=8, heads=2)
 SUBSETS = [[m for i, m in enumerate(MODALITIES) if bits >> i & 1] for bits in range(1, 8)]
@@ -36,10 +37,22 @@ def model(request):
             "no reasoning": dict(reasoning=False)}[request.param])
 
 
+def longer(batch, by):
+    "The same batch with `by` more columns of padding, filled with numbers that must not be read."
+    more = copy.copy(batch)
+    wide = lambda x, value: torch.cat(
+        [x, torch.full_like(x[:, :1], value).repeat_interleave(by, 1)], 1)
+    more.features = {m: wide(x, 7.) for m, x in batch.features.items()}
+    more.present = {m: wide(x, True) for m, x in batch.present.items()}
+    more.mask, more.labels, more.speakers = (
+        wide(batch.mask, False), wide(batch.labels, -1), wide(batch.speakers, 1))
+    return more
+
+
 @settings(max_examples=15, deadline=None)
 @given(lengths=lengths, seed=seeds, by=st.integers(0, 3))
 def test_attention_stays_in_its_conversation(model, lengths, seed, by):
-    convs = conversations(lengths, seed)
+    convs = random_conversations(lengths, seed)
     together, again = model(collate(convs, LABELS)), model(longer(collate(convs[::-1], LABELS), by))
     for x, y in zip(again.attention.values(), together.attention.values(), strict=True):
         for row, c in enumerate(convs[::-1]):
@@ -52,7 +65,7 @@ def test_attention_stays_in_its_conversation(model, lengths, seed, by):
 @settings(max_examples=15, deadline=None)
 @given(lengths=lengths, seed=seeds)
 def test_three_experts_are_chosen_where_a_modality_was_observed(model, lengths, seed):
-    batch = collate(conversations(lengths, seed, observed=.5), LABELS)
+    batch = collate(random_conversations(lengths, seed, observed=.5), LABELS)
     for m, weights in model(batch).routing.items():
         assert torch.equal((weights > 0).sum(-1), 3*batch.present[m])
         assert (weights.sum(-1) < 1 + 1e-9).all()
@@ -61,7 +74,7 @@ def test_three_experts_are_chosen_where_a_modality_was_observed(model, lengths, 
 @settings(max_examples=20, deadline=None)
 @given(lengths=lengths, seed=seeds, data=st.data())
 def test_an_utterance_without_anything_tells_the_others_nothing(model, lengths, seed, data):
-    batch = collate(conversations(lengths, seed), LABELS)
+    batch = collate(random_conversations(lengths, seed), LABELS)
     b = data.draw(st.integers(0, len(lengths) - 1)); i = data.draw(st.integers(0, lengths[b] - 1))
     for present in batch.present.values(): present[b, i] = False
     other = copy.copy(batch)
@@ -90,7 +103,7 @@ def test_modalities_reason_together_as_they_do_alone(lengths, seed, share):
 
 
 def test_a_batch_without_labels_leaves_the_terms_of_the_experts(model):
-    batch = collate(conversations([3, 2], 0), LABELS)
+    batch = collate(random_conversations([3, 2], 0), LABELS)
     batch.labels = torch.full_like(batch.labels, -1)
     loss = model.loss(model(batch), batch)
     assert list(loss.parts) == [
@@ -101,7 +114,7 @@ def test_a_batch_without_labels_leaves_the_terms_of_the_experts(model):
 
 
 def test_training_samples_and_evaluation_does_not():
-    model, batch = small_model(dropout=0.), collate(conversations([6, 3], 4), LABELS)
+    model, batch = small_model(dropout=0.), collate(random_conversations([6, 3], 4), LABELS)
     assert torch.equal(model(batch).logits, model(batch).logits)
     model.train()
     assert not torch.equal(model(batch).logits, model(batch).logits)
@@ -109,7 +122,8 @@ def test_training_samples_and_evaluation_does_not():
 
 def test_class_weights_are_cross_entropy_s():
     model, batch = (
-        small_model(class_weights=[0.5, 1.0, 3.0]), collate(conversations([6, 5, 4], 2), LABELS))
+        small_model(class_weights=[0.5, 1.0, 3.0]),
+        collate(random_conversations([6, 5, 4], 2), LABELS))
     out, labels = model(batch), batch.labels[batch.mask]
     theirs = nn.functional.cross_entropy(
         out.logits[batch.mask], labels, torch.tensor([0.5, 1.0, 3.0]).double(), ignore_index=-1,
@@ -127,7 +141,8 @@ def test_extreme_features_stay_finite():
 
 @pytest.mark.parametrize("modalities", SUBSETS, ids="+".join)
 def test_any_subset_of_modalities(modalities, tmp_path):
-    model, batch = small_model(modalities=modalities), collate(conversations([4, 2], 0), LABELS)
+    model = small_model(modalities=modalities)
+    batch = collate(random_conversations([4, 2], 0), LABELS)
     S, out = len(modalities), model(batch)
     assert len(model.transformer.out_weight) == S*S and model.head.in_features == 8*S
     assert list(out.routing) == modalities and out.logits.isfinite().all()
