@@ -470,7 +470,7 @@ def test_extract_and_use(table, tmp_path, capsys):
             "train",
             ["--corpus", "sample", "--out", "x", "--text", "minilm", "--preset", "huge"],
             1,
-            "It has paper, cpu",
+            "It has paper, released, cpu",
         ),
         (
             "train",

@@ -254,11 +254,11 @@ def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path):
     broken = replace(
         TABLE,
         rows=(
-            replace(TABLE.rows[0], name="broken", changes=QUICK | dict(lr=1e30)),
+            replace(TABLE.rows[0], name="broken", changes=QUICK | dict(lr=1000., weight_decay=1000., epochs=9)),
             *TABLE.rows[:2]))
     said = []
     with pytest.raises(
-        DataError, match="2 of 6 trainings failed, the first mister_e sample.*lr=1e"
+        DataError, match="2 of 6 trainings failed, the first mister_e sample.*lr=1000"
     ):
         reproduce([broken], results=tmp_path, workers=2, device="cpu", tell=said.append)
     assert (
@@ -349,7 +349,7 @@ def test_the_command_prints_what_is_on_record(capsys):
     assert "validation" in (out := capsys.readouterr().out) and "paper" not in out
     assert (
         main(["reproduce", "table2"]) == 1
-        and "mister_e, sure, choices; and all" in capsys.readouterr().err)
+        and "mister_e, sure, choices, protocols; and all" in capsys.readouterr().err)
 
 
 def test_the_command_says_what_it_cannot_show(tmp_path, capsys):

@@ -414,6 +414,7 @@ def test_a_full_disk_leaves_the_old_table(tmp_path, monkeypatch):
 
 def test_labels_that_are_numbers_stay_text(tmp_path):
     "A run whose labels are 0 and 1: the interval holds the score, and the report is written."
+    from erc_moe.conversations import DataError
     from erc_moe.corpora.own import load_own
     from erc_moe.report import write_report
     from erc_moe.training import Run, train
@@ -441,10 +442,9 @@ def test_labels_that_are_numbers_stay_text(tmp_path):
 
     # the same run, as a stranger could hand it on: every text of its summary is hostile
     evil = HOSTILE[0]
-    (run.folder / "seed-0").rename(run.folder / f"seed-{evil.replace('/', '')}")
     words = ("corpus", "corpus_note", "selection", "preset", "command", "code_revision", "device")
     hostile = run.summary | {w: evil for w in words}
-    hostile |= dict(seeds=[evil.replace("/", "")], faults=[evil], versions={evil: evil})
+    hostile |= dict(faults=[evil], versions={evil: evil})
     hostile["features"] = run.summary["features"] | {"sources": {"text": evil}}
     hostile["config"] = dict(model={evil: evil}, training={evil: evil})
     (run.folder / "summary.json").write_text(json.dumps(hostile))
@@ -456,6 +456,8 @@ def test_labels_that_are_numbers_stay_text(tmp_path):
     assert not [a for a in page.attributes if a[1].startswith("on") or a[1] == "style"]
     assert evil in " ".join(page.shown)
     assert "img" not in Reader(again._repr_html_()).tags
+    (run.folder / "summary.json").write_text(json.dumps(hostile | dict(seeds=[evil])))
+    with pytest.raises(DataError, match="names the seed"): write_report(Run(run.folder))
 
 
 def test_no_html_is_put_together_without_escaping():
