@@ -254,7 +254,9 @@ def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path):
     broken = replace(
         TABLE,
         rows=(
-            replace(TABLE.rows[0], name="broken", changes=QUICK | dict(lr=1000., weight_decay=1000., epochs=9)),
+            replace(
+                TABLE.rows[0], name="broken",
+                changes=QUICK | dict(lr=1000., weight_decay=1000., epochs=9)),
             *TABLE.rows[:2]))
     said = []
     with pytest.raises(
