@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from common import Form, benchmark, training
+from erc_moe.conversations import MODALITIES
 from erc_moe.sure import Sure, SureConfig
 from erc_moe.sure.experts import GaussianExperts, Routing
-from erc_moe.sure.model import MODALITIES
 
 
 class Batched(nn.Module):

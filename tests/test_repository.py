@@ -1,6 +1,7 @@
 """What readers see is in step with the code: saved outputs, exported modules, the README, sizes
 of notebooks and modules."""
 import ast
+import importlib.util
 import io
 import json
 import re
@@ -147,3 +148,19 @@ def test_lines_of_scripts_fit():
         for path in sorted((ROOT / folder).glob("*.py")):
             source = path.read_text(encoding="utf-8")
             assert not wide_lines(source), f"{path.name}, lines {wide_lines(source)}: over 100"
+
+
+SCRIPTS = sorted(p for folder in ("tools", "benchmarks") for p in (ROOT / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_what_a_script_imports_exists(path):
+    "Scripts run seldom; a name that moved would be missed the day somebody needs one."
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("erc_moe"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert (
+                    hasattr(module, alias.name)
+                    or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                ), f"line {node.lineno}: {node.module} has no {alias.name}"

@@ -23,13 +23,14 @@ from erc_moe.corpora.core import Corpus
 from erc_moe.evaluation.calibration import fit_temperature
 from erc_moe.evaluation.metrics import calibration_bins
 from erc_moe.features import FeaturePipeline
+from erc_moe.files import write_json
 from erc_moe.models import find_model
 from erc_moe.predict import Predictor
 from erc_moe.training.absence import ModalityDropout
 from erc_moe.training.cards import CORPORA, LIMITS
 from erc_moe.training.folder import begin_run, summarise_run, train_seed
 from erc_moe.training.predictions import Predictions
-from erc_moe.training.results import figures, gather_seeds, provenance, write_json
+from erc_moe.training.results import figures, gather_seeds, provenance
 from erc_moe.training.runs import configure
 from erc_moe.training.tuning import TunedRun, embed, tune
 
