@@ -142,9 +142,9 @@ def train_seed(
     mine = first_process()
     with locked(folder/".lock", folder) if mine else nullcontext():
         PartialState(cpu=options.get("device") == "cpu")
+        if mine: clear_partials(folder)
         # the first process decides for all: only it has waited for others
         if broadcast_object_list([(folder/"result.json").exists()])[0]: return
-        if mine: clear_partials(folder)
         if protocol == "refit":
             options["until"], _ = refit_epochs(build, corpus, training, seed, folder, **options)
         torch.manual_seed(epoch_seed(seed, 0))
