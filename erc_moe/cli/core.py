@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'CORPUS', 'DATA', 'DEVICE', 'TEXT', 'SPEECH', 'VISUAL', 'FEATURES', 'PROTOCOL', 'SEEDS', 'OUT', 'SET',
            'CHECKPOINT', 'LABEL_MAP', 'OWN_MODEL', 'MISSING', 'RUN', 'COMMANDS', 'Parser', 'seed_list', 'whole_number',
-           'seconds', 'path_name', 'setting', 'option', 'Command', 'command', 'add_command']
+           'seconds', 'path_name', 'setting', 'option', 'open_options', 'Command', 'command', 'add_command']
 
 # %% ../../nbs/841_command_line.ipynb #94e0ce34
 import argparse, math
@@ -161,6 +161,15 @@ MISSING = option(
     "observed in that modality (absent).")
 RUN = option(
     "run", complete="folder", metavar="RUN", help="A folder that erc_moe train wrote.")
+
+# %% ../../nbs/841_command_line.ipynb #c12aaa9d
+def open_options(
+    *options: tuple,    # as `option` gives them
+) -> tuple:
+    "The same options for a command that reads a file, too: None is what was not typed."
+    return tuple(
+        (flags, complete, keywords | dict(default=None, required=False))
+        for flags, complete, keywords in options)
 
 # %% ../../nbs/841_command_line.ipynb #5f2353bc
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..conversations import Conversation, ConversationBatch, DataError, collate, link_rows
 from ..files import atomic_write
 from ..evaluation.statistics import conversation_counts, weighted_f1
+from .trackers import begin_tracking, measures
 
 # %% ../../nbs/602_training.ipynb #293b4ff9
 def scoring_batches(
@@ -326,14 +327,14 @@ class Fitted:
     seconds: float           # spent in training, over all restarts
 
 # %% ../../nbs/602_training.ipynb #1427a23e
-def _accelerator(precision, device):
+def _accelerator(precision, device, **tracking):
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     # accelerate keeps a process's first configuration, a later training may have another
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         mixed_precision=precision, cpu=device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], **tracking)
 
 # %% ../../nbs/602_training.ipynb #0ed7cba8
 # what reading a damaged checkpoint raises
@@ -354,6 +355,7 @@ def fit(
     checkpoint_seconds: float = 30.0,   # the least time between two checkpoints
     progress: bool = True,              # a bar on stderr
     until: int|None = None,    # of "refit": the epoch to stop after, whose weights are kept
+    log_with: str|None = None,    # of `TRACKERS`: told of every epoch; writes below `out`
 ) -> Fitted:
     """Train with one seed; carries on from the checkpoint in `out`, to the same weights as if it
     had never stopped."""
@@ -361,7 +363,8 @@ def fit(
         raise DataError(
             f"checkpoint_seconds is {checkpoint_seconds}", "It must be 0 or more, such as 30.")
     from accelerate.utils import broadcast_object_list    # predicting needs none of it
-    accelerator = _accelerator(config.precision, device)
+    accelerator = _accelerator(config.precision, device, log_with=log_with, project_dir=out)
+    if log_with: begin_tracking(accelerator, log_with, out, dict(seed=seed, **vars(config)))
     judging, best = JUDGED[protocol], SELECTION[protocol]
     if (best == "last") != (until is not None):
         raise DataError(
@@ -450,6 +453,7 @@ def fit(
                     epoch, entry[s]["mixture"],
                     {k: v.detach().cpu().clone() for k, v in trained_state(judged).items()})
         fitted.log.append(entry); fitted.seconds += entry["seconds"]
+        if log_with: accelerator.log(measures(entry), step=epoch)
         if chosen := fitted.best.get(best):
             bar.set_description_str(
                 f"seed {seed}: {best} F1 {entry[best]['mixture']:.3f}, best "
@@ -468,6 +472,7 @@ def fit(
                 atomic_write(checkpoint, lambda file: torch.save(state, file))
                 saved = time.monotonic()
     bar.close()
+    for tracker in accelerator.trackers: tracker.finish()
     if best == "last":
         state = {k: v.detach().cpu().clone() for k, v in trained_state(judged).items()}
         fitted.best[best] = Best(len(fitted.log), math.nan, state)

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from markupsafe import Markup
 from ..code_hashes import code_hash
+from ..config_files import write_config
 from ..conversations import Conversation, DataError
 from ..corpora import find_corpus, load_corpus
 from ..corpora.core import Corpus, FeatureTable
@@ -29,6 +30,7 @@ from .folder import (
 from .loop import SELECTION, ConversationTensors, TrainingConfig, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, result_table
+from .trackers import check_tracker
 
 # %% ../../nbs/603_runs.ipynb #04ca6e91
 class Run:
@@ -260,13 +262,19 @@ def train(
     # renames, merges or ignores labels of the corpus that is named: see `load_corpus`
     label_map: dict|str|Path|None = None,
     missing: str = "error",               # a clip that cannot be used: "error", or "absent"
+    log_with: str|None = None,            # a tracker: "tensorboard", "wandb"
 ) -> Run:
     """Train with several seeds and keep everything in one folder; what is finished there is not
     repeated, what was stopped carries on."""
     if protocol not in SELECTION:
         raise DataError(
             f"there is no protocol {protocol!r}", f"The protocols are {', '.join(SELECTION)}.")
+    check_tracker(log_with)
     entry, seeds = find_model(model), check_seeds(seeds)
+    asked = None if isinstance(corpus, Corpus) else dict(    # a corpus in memory has no name
+        model=model, corpus=corpus, data=data, text=text, speech=speech, visual=visual,
+        features=features, preset=preset, protocol=protocol, seeds=seeds, label_map=label_map,
+        missing=missing)
     known = None if isinstance(corpus, Corpus) else find_corpus(str(corpus))
     declared = known.features if known else {}    # with the corpus, where no source is named
     corpus = ready_to_train(
@@ -299,11 +307,17 @@ def train(
             sources=sources, widths=pipeline.widths,
             **({"imported": imported.record} if imported else {})),
         config=dict(model=asdict(config), training=asdict(training)))
-    begin_run(folder, settings, lambda: pipeline.save(folder/"features"))
+    changed, all_ = (
+        [c.partition("=")[0] if isinstance(c, str) else c for c in changes or ()],
+        asdict(config) | asdict(training))
+    def begin():
+        pipeline.save(folder/"features")
+        if asked: write_config(folder, asked | dict(set={name: all_[name] for name in changed}))
+    begin_run(folder, settings, begin)
     for seed in seeds:
         train_seed(
             lambda: entry.model(config), prepared, training, seed, folder / f"seed-{seed}",
             protocol=protocol, device=device, checkpoint_seconds=checkpoint_seconds,
-            progress=progress)
+            progress=progress, log_with=log_with)
     summarise_run(folder, settings, seeds, prepared, device, command)
     return Run(folder, None if ours else model)
