@@ -25,7 +25,8 @@ from erc_moe.experiments.claims import CLAIMS
 from erc_moe.experiments.declare import made_by
 from erc_moe.features import Extractor, FeatureStore
 from erc_moe.code_hashes import code_hash
-from erc_moe.experiments.ledger import as_characters, from_characters
+from erc_moe.experiments.ensembles import BITS
+from erc_moe.experiments.ledger import as_characters, from_characters, from_text
 from erc_moe.experiments.run import is_current, train_cell
 from erc_moe.experiments.tables import difference, results, statuses, table
 from erc_moe.models import MODELS
@@ -284,6 +285,107 @@ def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
         mixed.add(ledger.find(cell) | (dict(code="older") if i else {}))
     with pytest.raises(DataError, match="not all trained with the same code.*--seeds 2"):
         results(TABLE, mixed)
+
+
+def test_a_detailed_record_is_of_the_strict_model(tmp_path):
+    "Experts and probabilities are those of the epoch that validation chose, not of test's."
+    from erc_moe.training.loop import dataset, epoch_seed, fit, score
+    from erc_moe.experiments.run import _key, prepared
+    from erc_moe.models import find_model
+    longer = replace(TABLE.rows[0], changes=QUICK | dict(epochs=8, lr=5e-3), detail=True)
+    for seed in range(6):
+        cell = longer.cell("sample", seed=seed)
+        record = train_cell(cell, detail=True, device="cpu")
+        if record["strict"]["epoch"] != record["test_selected"]["epoch"]: break
+    else: pytest.fail("both protocols chose the same epoch with every seed")
+    corpus, widths, feature_hash = prepared(cell)
+    config, training, _ = _key(cell, corpus, widths, feature_hash)
+    torch.manual_seed(epoch_seed(seed, 0))
+    model = find_model(cell.model).model(config)
+    fit(model, corpus, training, seed, protocol="strict", device="cpu", progress=False)
+    data = {s: dataset(model, corpus.splits[s], corpus.labels) for s in ("train", "test")}
+    said = {s: score(model, d) for s, d in data.items()}
+    for expert, logits in said["test"].experts.items():
+        assert record["experts"][expert] == as_characters(logits.argmax(-1).tolist())
+    for split, bits in BITS.items():
+        kept = from_text(record["probabilities"][split], len(corpus.labels), bits)
+        np.testing.assert_allclose(kept, said[split].logits.softmax(-1), rtol=.07, atol=1e-5)
+
+
+STUDENTS = Experiment(
+    "example/students", "", "", ("sample",), seeds=2, reference="one",
+    rows=(
+        replace(TABLE.rows[0], name="one"),
+        replace(TABLE.rows[0], name="together", ensemble=True, detail=True),
+        replace(TABLE.rows[0], name="student", teachers=2, changes=QUICK | dict(
+            distillation=.5, distillation_temperature=2.))))
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("students")
+    return reproduce(
+        [STUDENTS], results=folder, work=folder/"work", workers=2, device="cpu",
+        tell=lambda line: None)
+
+
+def test_an_ensemble_is_the_mean_of_its_members(students):
+    found = results(STUDENTS, students)
+    members, together = found["one", "sample"].records, found["together", "sample"]
+    mean = sum(from_text(r["probabilities"]["test"], 7, 16) for r in members)/2
+    assert from_characters(together.records[0]["strict"]["predicted"]).tolist() == (
+        mean.argmax(-1).tolist())
+    truth = from_characters("".join(students.truth("sample")["test"].values()))
+    f1 = f1_score(truth[truth >= 0], mean.argmax(-1)[truth >= 0], average="weighted")
+    assert together.score()["mean"] == pytest.approx(f1) and together.score()["std"] is None
+    d = difference(together, found["one", "sample"])
+    assert d.seeds == 2 and d.difference == pytest.approx(
+        f1 - found["one", "sample"].score()["mean"])
+    assert difference(together, together).difference == 0
+    shown = table(STUDENTS, students)["sample"]
+    assert shown.loc["together", "seeds"] == "1 (of 2)" and not shown.loc["together", "gain"]
+
+
+def test_a_student_is_stale_with_its_teachers_and_waits_for_them(students, tmp_path):
+    of = {row.name: cell for cell, row in STUDENTS.cells() if cell.seed == 0}
+    record = students.find(of["student"])
+    assert record["config"]["training"]["distillation"] == .5 and is_current(of["student"], record)
+    other = replace(of["student"], changes=of["student"].changes | dict(gamma=1.))
+    assert not is_current(other, record)
+    # alone it asks for its teachers, and trains them where they are missing
+    said = []
+    alone = replace(STUDENTS, rows=STUDENTS.rows[2:], seeds=1, reference="")
+    again = reproduce(
+        [alone], results=tmp_path, work=tmp_path/"work", workers=1, device="cpu", tell=said.append)
+    assert said[0] == "3 trainings: 0 on record, 3 to do"
+    assert again.find(of["student"])["strict"] == record["strict"], "the same, whoever trains it"
+    with pytest.raises(DataError, match="distillation is 0.5, and there is no teacher"):
+        train_cell(of["student"], device="cpu")
+
+
+def test_a_student_learns_what_its_teacher_says():
+    "Without labels' share it follows the teacher, also where the teacher is wrong."
+    from erc_moe.experiments.run import _key, prepared
+    from erc_moe.models import find_model
+    from erc_moe.training.loop import dataset, fit, score
+    cell = replace(TABLE.rows[0], changes=dict(
+        hidden=16, epochs=40, lr=1e-2, distillation=1., distillation_temperature=1.)).cell("sample")
+    corpus, widths, feature_hash = prepared(cell)
+    config, training, _ = _key(cell, corpus, widths, feature_hash)
+    torch.manual_seed(0)
+    model = find_model(cell.model).model(config)
+    data = dataset(model, corpus.splits["train"], corpus.labels)
+    wrong = (torch.as_tensor(data.truth) + 1) % 7    # of what has no label: class 0
+    teacher = torch.full((len(wrong), 7), .01).scatter_(1, wrong[:, None], .94)
+    fit(
+        model, corpus, training, protocol="refit", until=40, device="cpu", progress=False,
+        teacher=torch.cat([teacher, torch.full(
+            (sum(map(len, corpus.splits["validation"])), 7), 1/7)]))
+    assert (score(model, data).logits.argmax(-1) == wrong).float().mean() > .9
+    with pytest.raises(DataError, match="the teacher speaks of 3 utterances"):
+        fit(model, corpus, training, device="cpu", progress=False, teacher=teacher[:3])
+    with pytest.raises(DataError, match="distillation is 0, and there is a teacher"):
+        fit(model, corpus, replace(training, distillation=0.), device="cpu", teacher=teacher)
 
 
 def _add(folder, seeds, together=None):

@@ -1,5 +1,5 @@
 "Every table and figure of both papers, declared, run, and compared."
-from . import papers
+from . import papers, ensembles
 from .declare import (
     EXPERIMENTS, FEATURES, Cell, Experiment, Row, declare, find_experiments, missing_stores)
 from .ledger import Ledger

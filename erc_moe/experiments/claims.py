@@ -117,7 +117,16 @@ CLAIMS: list[Claim] = [
         points(4.66, 0.15)),
     _claim(
         "text adds to audio", "SURE, Table 3", "sure/table3", "SURE, text + audio", "audio",
-        points(15.31, 26.56))]
+        points(15.31, 26.56)),
+    *(
+        _claim(says.format(name), OWN, "ensembles/table2", name + better, name + worse)
+        for name in (MISTER_E, "SURE, text + audio", "SDT-style")
+        for says, better, worse in (
+            ("five seeds averaged are better than one: {}", ", five averaged", ""),
+            ("a student of five is better than one that has labels alone: {}",
+             ", student of five", ""),
+            ("five averaged are better than their student: {}", ", five averaged",
+             ", student of five")))]
 
 # %% ../../nbs/836_claims.ipynb #ec0a6266
 def gate_difference(

@@ -22,8 +22,10 @@ from ..conversations import Conversation, DataError
 from ..code_hashes import from_file, in_file
 from ..corpora import find_corpus, load_corpus, register_corpus
 from ..corpora.core import Corpus
-from .declare import EXPERIMENTS, Cell, Experiment, missing_stores, located
-from .ledger import Ledger, as_characters, code_hash
+from .declare import (
+    EXPERIMENTS, Cell, Experiment, located, missing_stores, teachers_of)
+from .ensembles import mean_probabilities
+from .ledger import Ledger, as_characters, as_text, code_hash
 from ..features import FeaturePipeline
 from ..files import clear_partials, locked
 from ..models import find_model, register
@@ -75,6 +77,9 @@ def _key(cell, corpus, widths, feature_hash):
         model=asdict(config), training=asdict(training), seed=cell.seed,
         split_hash=corpus.split_hash, feature_hash=feature_hash, code=code)
     said |= {k: v for k, v in cell.to_dict().items() if k in ("protocol", "past")}
+    if cell.teachers:
+        said["teachers"] = [
+            _key(t, corpus, widths, feature_hash)[2]["key"] for t in teachers_of(cell)]
     return (
         config, training,
         said | dict(key=hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]))
@@ -138,6 +143,8 @@ def train_cell(
     # are written
     work: str|Path|None = None,
     device: str = "auto",           # or "cpu"
+    # of a student: float32 (M, C), what its teachers say of the training split
+    teacher: torch.Tensor|None = None,
 ) -> dict:                          # a record for the ledger
     "Train, choose the epoch under both protocols, score both."
     corpus, widths, feature_hash = prepared(cell, data, cache, stores)
@@ -157,13 +164,14 @@ def train_cell(
     torch.manual_seed(epoch_seed(cell.seed, 0))
     model = build()
     fitted = fit(
-        model, corpus, training, cell.seed, out, cell.protocol or "paper", until=until, **options)
+        model, corpus, training, cell.seed, out, cell.protocol or "paper", until=until,
+        teacher=teacher, **options)
     on = next(model.parameters()).device
     # a split that was trained on says nothing
     scored = ("test",) if cell.protocol else ("validation", "test")
     splits = {s: dataset(model, corpus.splits[s], corpus.labels, on) for s in scored}
     chosen = {}
-    for split, best in fitted.best.items():
+    for split, best in reversed(fitted.best.items()):    # the strict one last, for `_detail`
         load_trained(model, best.state)
         scores = {s: score(model, d) for s, d in splits.items()}
         said_by = scores["test"].logits.argmax(-1)
@@ -184,7 +192,7 @@ def train_cell(
         config={k: said[k] for k in ("model", "training")},
         parameters=sum(p.numel() for p in model.parameters()), seconds=round(fitted.seconds, 1),
         **device_said)
-    if detail: record |= _detail(model, corpus, scores["test"], on)    # the strict model is loaded
+    if detail: record |= _detail(model, corpus, scores["test"], on)
     return record
 
 # %% ../../nbs/832_reproduce.ipynb #0578b348
@@ -228,6 +236,10 @@ def uncertainties(
 def _detail(model, corpus, test, device):
     by = lambda split: ConversationTensors(split, corpus.labels, model.config.widths, device)
     kept = dict(experts={e: as_characters(x.argmax(-1).tolist()) for e, x in test.experts.items()})
+    train = score(model, by(corpus.splits["train"]))
+    kept["probabilities"] = {
+        s: as_text(x.logits.softmax(-1), bits) for s, x, bits in (
+            ("test", test, 16), ("train", train, 8))}
     if test.gate is not None:
         kept["gate"] = [[round(float(w), 2) for w in row] for row in test.gate]
     def f1(modality, p):
@@ -290,6 +302,20 @@ def _begin_worker(models, corpora):
         if isinstance(corpus, str): from_file(corpus, "a corpus")
         else: register_corpus(corpus.name, corpus.reader, corpus.features)
 
+# %% ../../nbs/832_reproduce.ipynb #8b0d1282
+def _teacher(cell, ledger, there):
+    "(M, C): what the cell's teachers say of its training split, averaged; None: it has none."
+    records = []
+    for t in teachers_of(cell):
+        record = ledger.find(t, detail=True)
+        if not record or record["key"] != _key(t, *there)[2]["key"]:
+            raise DataError(
+                f"its teacher, {_name(t)}, is not on record",
+                "Run the same command again, which trains it first.")
+        records.append(record)
+    if not records: return None
+    return torch.from_numpy(mean_probabilities(records, "train", len(there[0].labels)))
+
 # %% ../../nbs/832_reproduce.ipynb #30330fd7
 def _attempt(cell, detail, results, data, cache, stores, work, device):
     """The record, entered in the ledger, or the error that kept it from being made. Whoever asks
@@ -301,7 +327,8 @@ def _attempt(cell, detail, results, data, cache, stores, work, device):
             record = ledger.find(cell, detail)
             if record and record["key"] == key: return record
             if (Path(work)/key).is_dir(): clear_partials(Path(work)/key)
-            record = train_cell(cell, detail, data, cache, stores, work, device)
+            teacher = _teacher(cell, ledger, prepared(cell, data, cache, stores))
+            record = train_cell(cell, detail, data, cache, stores, work, device, teacher)
             ledger.add(record)
             shutil.rmtree(Path(work)/key)
         return record
@@ -365,7 +392,8 @@ def _plan(wanted, ledger, data, cache, stores):
 def _name(cell):
     features = [f"{m} {source}" for m, source in cell.features.items()]
     changes = [f"{k}={v}" for k, v in cell.changes.items()]
-    changes += [f"{k} {v}" for k, v in cell.to_dict().items() if k in ("protocol", "past")]
+    changes += [f"{k} {v}" for k, v in cell.to_dict().items()
+                if k in ("protocol", "past", "teachers")]
     return f"{cell.model} {cell.corpus}, {', '.join(features + changes)}, seed {cell.seed}"
 
 # %% ../../nbs/832_reproduce.ipynb #8a16bef2
@@ -409,6 +437,7 @@ def reproduce(
     wanted: dict[Cell, bool] = {}
     for cell, row in _part([x for e in experiments for x in e.cells(preset, seeds)], *part):
         wanted[cell] = wanted.get(cell, False) or row.detail or cell in detailed
+    for cell in [*wanted]: wanted |= dict.fromkeys(teachers_of(cell), True)
     todo, out, error = _plan(wanted, ledger, data, cache, stores)
     for why, cells in out.items(): tell(f"left out, {why}: {len(cells)} trainings")
     left, new = (
@@ -421,9 +450,16 @@ def reproduce(
     train, failed = (
         {key: (next(iter(cells)), any(cells.values())) for key, cells in todo.items()}, [])
     workers = workers or (1 if device != "cpu" and torch.cuda.is_available() else os.cpu_count())
+    # teachers before students
+    rounds = [
+        {k: of for k, of in train.items() if bool(of[0].teachers) == taught}
+        for taught in (False, True)]
+    made = (
+        done for part in rounds if part
+        for done in _records(
+            part, min(workers, len(part)), str(results), data, cache, stores, work, device))
     for key, record in tqdm(
-        _records(train, min(workers, len(train)), str(results), data, cache, stores, work, device),
-        total=len(train), bar_format="{bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"):
+        made, total=len(train), bar_format="{bar:20} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"):
         name = _name(train[key][0])
         if isinstance(record, DataError):
             failed.append(f"{name}: {record}")

@@ -16,6 +16,7 @@ from ..evaluation import (
     Difference, Interval, holm, over_seeds, paired_difference, weighted_f1)
 from .declare import (
     Experiment, Row, find_experiment, find_experiments, missing_stores)
+from .ensembles import averaged
 from .ledger import Ledger
 from .run import reproduce
 from ..training.results import percent
@@ -28,10 +29,11 @@ class Result:
     row: Row
     corpus: str
     ledger: Ledger
-    records: list[dict]    # one per seed
+    records: list[dict]    # one per seed; of an ensemble one in all
 
     def of_seeds(self, seeds: list[int]) -> "Result":
-        "The same row with these seeds alone."
+        "The same row with these seeds alone; an ensemble is the same for each."
+        if self.row.ensemble: return replace(self, records=self.records[:1]*len(seeds))
         by_seed = {r["cell"]["seed"]: r for r in self.records}
         return replace(self, records=[by_seed[s] for s in seeds])
 
@@ -103,6 +105,10 @@ def results(
                     "no mean",
                     f"Run erc_moe reproduce {e.name} --seeds "
                     f"{records[-1]['cell']['seed'] + 1}, which trains the old ones again.")
+            if row.ensemble:
+                records = [r for r in records[:e.seeds] if "probabilities" in r]
+                if len(records) < e.seeds: continue
+                records = [averaged(records, len(ledger.truth_for(records[0])["labels"]))]
             if records: found[row.name, corpus] = Result(row, corpus, ledger, records)
     return found
 
@@ -122,7 +128,8 @@ def committed(
 
 # %% ../../nbs/834_tables.ipynb #a41c84a6
 def _paired(first, second, protocol="strict", experts=(None, None)):
-    if not (seeds := sorted({*first.seeds} & {*second.seeds})):
+    single = [{*r.seeds} for r in (first, second) if not r.row.ensemble]
+    if not (seeds := sorted(set.intersection(*single)) if single else [0]):
         raise DataError(
             f"{first.row.name} and {second.row.name} have no seed in common on {first.corpus}",
             "Train both with the same seeds.")
@@ -187,7 +194,9 @@ def table(
                     cell |= {
                         f"less {e.reference}": with_interval(d),
                         "p, Holm": f"{corrected[key]:.3f}" if d else ""}
-            cell |= {"seeds": r and len(r.records)}
+            cell |= {
+                "seeds": r and (f"1 (of {r.records[0]['members']})" if row.ensemble
+                                else len(r.records))}
             line.update({(corpus, k): v or "" for k, v in cell.items()})
     frame = pd.DataFrame.from_dict(lines, orient="index")
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from ..conversations import Conversation, ConversationBatch, DataError, collate, link_rows
 from ..files import atomic_write
+from ..losses import distillation_loss
 from ..evaluation.statistics import conversation_counts, weighted_f1
 from .trackers import begin_tracking, measures
 
@@ -159,6 +160,9 @@ class TrainingConfig:
     class_weights: str = "none"
     buckets: bool = False              # batch conversations of like length together
     precision: str = "no"              # or "bf16": automatic mixed precision
+    # share of the loss that a teacher's probabilities have, the labels have the rest; 0: no teacher
+    distillation: float = 0.0
+    distillation_temperature: float = 2.0    # T > 0, of teacher and student
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -169,7 +173,8 @@ class TrainingConfig:
             ("epochs", 1, 1e6), ("batch_size", 1, 1e6),
             ("accumulate", 1, 1e6), ("lr", 0, 1e3),
             ("weight_decay", 0, 1e3), ("max_norm", 0, 1e6), ("warmup", 0, 1),
-            ("ema", 0, 1 - 1e-9), ("patience", 0, 1e6)):
+            ("ema", 0, 1 - 1e-9), ("patience", 0, 1e6), ("distillation", 0, 1),
+            ("distillation_temperature", 1e-3, 1e3)):
             if not low <= getattr(self, name) <= high:
                 raise DataError(
                     f"{name} is {getattr(self, name)}",
@@ -303,11 +308,18 @@ POOLED = ("released", "refit")    # these train on train and validation
 # %% ../../nbs/602_training.ipynb #0cfb5dc3
 class _Objective(nn.Module):
     "Model and loss as one forward pass, which is what distributed data parallel and autocast wrap."
-    def __init__(self, model):
+    def __init__(self, model, config):
         super().__init__()
-        self.model = model
+        self.model, self.config = model, config
 
-    def forward(self, batch): return self.model.loss(self.model(batch), batch).parts
+    def forward(self, batch, teacher=None):    # teacher: (B, N, C) probabilities
+        output, share = self.model(batch), self.config.distillation
+        parts = self.model.loss(output, batch).parts
+        if teacher is None: return parts
+        soft = distillation_loss(
+            output.logits[batch.mask], teacher[batch.mask], self.config.distillation_temperature,
+            getattr(self.model.config, "reduction", "mean"))
+        return {k: (1 - share)*x for k, x in parts.items()} | {"distillation": share*soft}
 
 # %% ../../nbs/602_training.ipynb #b47dd4b2
 @dataclass
@@ -356,6 +368,8 @@ def fit(
     progress: bool = True,              # a bar on stderr
     until: int|None = None,    # of "refit": the epoch to stop after, whose weights are kept
     log_with: str|None = None,    # of `TRACKERS`: told of every epoch; writes below `out`
+    # float32 (M, C): a teacher's probabilities for the utterances of the training split
+    teacher: Tensor|None = None,
 ) -> Fitted:
     """Train with one seed; carries on from the checkpoint in `out`, to the same weights as if it
     had never stopped."""
@@ -370,6 +384,12 @@ def fit(
         raise DataError(
             f"the protocol {protocol} and how many epochs it takes (until={until}) do not agree",
             "Give until with refit, and with no other.")
+    if (config.distillation > 0) != (teacher is not None):
+        raise DataError(
+            f"distillation is {config.distillation:g}, and there is "
+            f"{'no' if teacher is None else 'a'} teacher",
+            "Give a teacher, or leave distillation at 0." if teacher is None
+            else "Set distillation above 0, such as 0.5.")
     learned = corpus.splits["train"] + (corpus.splits["validation"] if protocol in POOLED else [])
     data = {
         s: (training_data if s == "train" else dataset)(
@@ -378,7 +398,7 @@ def fit(
     optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer](
         parameter_groups(model.to(accelerator.device)), lr=config.lr,
         weight_decay=config.weight_decay, fused=True)
-    objective, optimizer = accelerator.prepare(_Objective(model), optimizer)
+    objective, optimizer = accelerator.prepare(_Objective(model, config), optimizer)
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None)
     judged = average.module if average else model
@@ -387,6 +407,14 @@ def fit(
         raise DataError(
             f"no utterance of {corpus.name}'s training split is labelled",
             "Label some, or choose another corpus.")
+    if teacher is not None:
+        # (M + 1, C): a row of zeros for padding, as the features have it
+        teacher = torch.cat([teacher, torch.zeros_like(teacher[:1])]).to(accelerator.device)
+        if len(teacher) != len(data["train"].labels):
+            raise DataError(
+                f"the teacher speaks of {len(teacher) - 1} utterances, and "
+                f"{len(data['train'].labels) - 1} are learnt from",
+                "Take a teacher of the same corpus and split.")
     per_epoch = math.ceil(math.ceil(len(learnable)/config.batch_size)/accelerator.num_processes)
     fitted, begin, saved = Fitted([], {s: Best() for s in judging}, 0.0), 1, time.monotonic()
     checkpoint = out and Path(out)/"checkpoint.pt"
@@ -429,7 +457,11 @@ def fit(
                 # processes exchange gradients at a step's last batch
                 exchange = nullcontext() if n == len(step) else accelerator.no_sync(objective)
                 with exchange:
-                    parts = objective(data["train"].batch(learnable[index]))
+                    batch, soft = data["train"].batch(learnable[index]), ()
+                    if teacher is not None:
+                        rows = data["train"].rows(learnable[index]).to(accelerator.device)
+                        soft = (teacher[rows],)
+                    parts = objective(batch, *soft)
                     accelerator.backward(sum(parts.values())/len(step))
                 losses = {k: losses.get(k, 0.0) + v.detach() for k, v in parts.items()}
             norm = norm + accelerator.clip_grad_norm_(
