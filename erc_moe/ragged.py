@@ -71,7 +71,8 @@ def dropout(
         torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
         .random_(-(2**63), None)
         .view(torch.int16)[: x.numel()])
-    return x * ((bits.view(x.shape) >= drop - 32768).to(x.dtype) * (65536/(65536 - drop)))
+    kept = bits.view(x.shape) >= drop - 32768
+    return x * torch.where(kept, x.new_tensor(65536/(65536 - drop)), x.new_zeros(()))
 
 # %% ../nbs/812_ragged_batches.ipynb #97080430
 def stacked_linear(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from ..base import ConversationModel, ModelConfig, ModelOutput
+from .dialogue_loop import read_dialogues
 from ..conversations import ConversationBatch, DataError
 from ..ragged import Layout
 
@@ -40,15 +40,6 @@ class DialogueRnnConfig(ModelConfig):
             raise DataError(
                 "a causal DialogueRNN cannot be bidirectional", "Set bidirectional to false.")
 
-# %% ../../nbs/402_dialogue_rnn.ipynb #b2485a9d
-def _gru(given, recalled, state):
-    """A GRU's step from its two products: (b, 3H) of the input, (b, 3H) of the state, both with
-    bias, and the state (b, H)."""
-    H = state.shape[1]
-    r, z = (given[:, :2*H] + recalled[:, :2*H]).sigmoid().split(H, 1)
-    n = (given[:, 2*H:] + r*recalled[:, 2*H:]).tanh()
-    return n + z*(state - n)
-
 # %% ../../nbs/402_dialogue_rnn.ipynb #fad025a6
 class DialogueRecurrence(nn.Module):
     "Global, party and emotion GRU in one direction (Majumder et al. 2019, section 3.3)."
@@ -69,45 +60,8 @@ class DialogueRecurrence(nn.Module):
         speakers: Tensor,  # int64 (M,), numbered from 0 within each conversation
         layout: Layout,
         backwards: bool = False,               # True: from each conversation's end
-    # emotion states (M, E); the speakers' party states (M, P); attention (b, t, 1) of every step
-    # t > 0, [] where conversations are so long that it is not kept
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        G, P, D = self.global_cell.hidden_size, self.party_cell.hidden_size, x.shape[1]
-        order = layout.steps(layout.length - 1 - layout.position if backwards else layout.position)
-        steps = layout.position.bincount().cpu()  # conversations in each step
-        sizes, parties = steps.tolist(), int(speakers.max()) + 1
-        # (M,) of the conversation, by length
-        rank = torch.cat([torch.arange(b) for b in sizes]).to(x.device)
-        (g_said, g_party), (q_said, q_past) = (
-            c.weight_ih.split([D, c.weight_ih.shape[1] - D], 1)
-            for c in (self.global_cell, self.party_cell))
-        no_bias, mapped = x.new_zeros(3*G), len(sizes)**2*sizes[0] <= 2**22
-        said = F.linear(
-            x[order], torch.cat([g_said, q_said, self.attend.weight]),
-            torch.cat([self.global_cell.bias_ih, self.party_cell.bias_ih, no_bias[:G]]))
-        of_party = (
-            torch.cat([g_party, self.party_cell.weight_hh]),
-            torch.cat([no_bias, self.party_cell.bias_hh]))
-        g, past, rows, spoken, maps = (
-            x.new_zeros(sizes[0], G), x.new_zeros(sizes[0], 0, G),
-            x.new_zeros(sizes[0] * parties, P), [], [])
-        for said_t, place in zip(said.split(sizes), (rank*parties + speakers[order]).split(sizes)):
-            to_g, to_q, key = said_t.split([3*G, 3*P, G], 1)
-            b = len(place)
-            g, past, rows = g[:b], past[:b], rows[:b*parties]
-            q = rows[place]  # (b, P) the speakers' states
-            q_to_g, q_to_q = F.linear(q, *of_party).split([3*G, 3*P], 1)
-            if past.shape[1]:
-                heard = torch.bmm(past, key[:, :, None]).softmax(1)  # (b, t, 1)
-                if mapped: maps.append(heard)
-                context = torch.bmm(heard.transpose(1, 2).to(past), past)[:, 0]  # (b, G)
-                to_q = to_q + F.linear(context, q_past)
-            g = _gru(
-                to_g + q_to_g, F.linear(g, self.global_cell.weight_hh, self.global_cell.bias_hh), g)
-            spoken.append(_gru(to_q, q_to_q, q))
-            rows, past = rows.index_copy(0, place, spoken[-1]), torch.cat([past, g[:, None]], 1)
-        back, spoken = order.argsort(), torch.cat(spoken)  # (M,), (M, P)
-        return self.emotion(PackedSequence(spoken, steps))[0].data[back], spoken[back], maps
+    ) -> tuple[Tensor, Tensor]:    # emotion states (M, E); the speakers' party states (M, P)
+        return read_dialogues([self], [x], speakers, layout, [backwards])[0]
 
 # %% ../../nbs/402_dialogue_rnn.ipynb #6938698e
 @dataclass(kw_only=True)
@@ -137,11 +91,11 @@ class DialogueRnn(ConversationModel):
     def forward(self, batch: ConversationBatch) -> DialogueRnnOutput:
         c, layout = self.config, Layout(batch.mask)
         x = self.drop(torch.cat(self.observed(batch, layout)[1], 1), c.input_dropout)  # (M, D)
-        told = [
-            net(x, layout.flat(batch.speakers), layout, backwards)
-            for net, backwards in zip(self.directions, (False, True))]
+        nets = [*self.directions]
+        told = read_dialogues(
+            nets, [x]*len(nets), layout.flat(batch.speakers), layout, [False, True][:len(nets)])
         # (M, E or 2E), (M, P or 2P)
-        emotion, party = (torch.cat(states, 1) for states in list(zip(*told))[:2])
+        emotion, party = (torch.cat(states, 1) for states in zip(*told))
         dense = F.relu(self.dense(self.drop(emotion, c.dropout)))
         logits = self.head(self.drop(dense, c.dropout))  # (M, C)
         return DialogueRnnOutput(layout.padded(logits), party=layout.padded(party))

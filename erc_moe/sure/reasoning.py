@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..ragged import Layout
-from ..recurrence import bigru, lstm
+from ..recurrence import bigru, by_layout, lstm
 
 # %% ../../nbs/301_iterative_reasoning.ipynb #5b39acb4
 MAPPED = 2**22    # pairs of utterances in a batch, padding counted, up to which attention is kept
@@ -89,16 +89,8 @@ def reason(
 ) -> tuple[list[Tensor], list[Tensor|None]]:
     """Iterative reasoning in all modalities; recurrences run together where the same utterances
     were observed."""
-    alike = all(torch.equal(l.mask, layouts[0].mask) for l in layouts)
-    groups = [[*range(len(xs))]] if alike else [[m] for m in range(len(xs))]
-    contexts, memories = [], []
-    for group in groups:
-        inputs, layout = [xs[m] for m in group], layouts[group[0]]
-        contexts += (
-            bigru([modules[m].context for m in group], inputs, layout) if len(inputs[0]) else inputs
-        )
-        memories += (
-            lstm([modules[m].memory for m in group], inputs, layout) if len(inputs[0]) else inputs)
+    contexts = by_layout(bigru, [net.context for net in modules], xs, layouts)
+    memories = by_layout(lstm, [net.memory for net in modules], xs, layouts)
     cues, maps = zip(
         *(net.ask(c, h, layout) for net, c, h, layout in zip(modules, contexts, memories, layouts)))
     return [*cues], [*maps]

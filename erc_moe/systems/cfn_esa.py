@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..base import ConversationModel, ModelConfig, ModelOutput
-from ..baselines.bc_lstm import read_conversations
 from ..conversations import ConversationBatch
 from ..losses import LossParts
 from ..ragged import Layout, dropout, stacked_linear
@@ -66,8 +65,7 @@ class RecurrentBlock(nn.Module):
         layout: Layout,
     ) -> Tensor:            # (R, d)
         drop = lambda y: dropout(y, self.dropout, self.training)
-        read = bigru([self.gru], [x], layout)[0] if self.gru.bidirectional else (
-            read_conversations(self.gru, x, layout))                    # (R, 2d)
+        read = bigru([self.gru], [x], layout)[0]  # (R, 2d)
         r = self.first(x + drop(self.out(read)))
         return self.second(x + r + drop(self.outer(drop(self.inner(r).relu()))))
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
-from ..baselines.bc_lstm import read_conversations
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, contrastive_loss
 from ..ragged import Layout
@@ -85,10 +84,7 @@ class Hcam(ConversationModel):
         c, layout, drop = self.config, Layout(batch.mask), self.drop
         seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs, grus = [drop(x, c.input_dropout) for x in xs], [*self.context.values()]
-        hs = (
-            [read_conversations(gru, x, layout) for gru, x in zip(grus, xs)]
-            if c.causal else bigru(grus, xs, layout))
-        h = torch.stack(hs)  # (S, M, 2H)
+        h = torch.stack(bigru(grus, xs, layout))  # (S, M, 2H)
         context = self.turns(h, h, seen, layout)  # (S, M, 2H)
         # (M, C) each
         said = [net(drop(x, c.dropout)) for net, x in zip(self.stage2.values(), context)]

@@ -76,7 +76,8 @@ def predictive_loss(
     for n in range(1, S):
         for target, source, weight in ((0, n, 1.), (n, 0, 1.), (0, 0, .1), (n, n, .1)):
             rows = inside & seen[target][later]  # (K, M) turns with something to predict
-            score = (told[source][rows] @ z[target].T).masked_fill(~seen[target], -torch.inf)
+            never = z.new_zeros(M).masked_fill_(~seen[target], -torch.inf)
+            score = torch.addmm(never, told[source][rows], z[target].T)
             lost = F.cross_entropy(score.float() if score.dtype != torch.float64 else score,
                                    later[rows], reduction="sum")
             total = total + weight*lost/rows.sum().clamp_min(1)

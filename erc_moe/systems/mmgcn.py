@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
-from ..baselines.bc_lstm import read_conversations
 from ..conversations import ConversationBatch
 from ..losses import LossParts
 from ..ragged import Layout, dropout
-from ..recurrence import bigru
+from ..recurrence import bigru, packed
 
 # %% ../../nbs/420_mmgcn.ipynb #37f95ac1
 @dataclass
@@ -178,8 +177,7 @@ class OwnUtterances(nn.Module):
         m, b, _, n = own.nonzero().T                                             # (R,) each
         row = layout.padded(torch.arange(len(speakers), device=x.device))[b, n]  # (R,)
         turns = Layout(own.flatten(0, 2))
-        read = bigru([self.gru], [x[m, row]], turns)[0] if self.gru.bidirectional else (
-            read_conversations(self.gru, x[m, row], turns))                      # (R, D)
+        read = bigru([self.gru], [x[m, row]], turns)[0]  # (R, D)
         return torch.zeros_like(x).index_put((m, row), read.to(x))
 
 # %% ../../nbs/420_mmgcn.ipynb #e03e4427
@@ -210,7 +208,7 @@ class Mmgcn(ConversationModel):
         "The text in its context."
         own = Layout(layout.padded(seen))
         if not len(own.index): return x
-        return layout.flat(own.padded(read_conversations(self.reader, x[seen], own)))
+        return layout.flat(own.padded(packed([self.reader], [x[seen]], own)[0]))
 
     def of_speakers(self,
         x: Tensor,           # (S, M, D)

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
+from ..baselines.dialogue_loop import read_dialogues
 from ..baselines.dialogue_rnn import DialogueRecurrence
 from ..conversations import ConversationBatch
 from ..losses import LossParts
 from ..ragged import Layout, dropout, stacked_linear
 from .attention import TurnAttention
-from .dialogue_context import read_dialogues
 from .multiemo_losses import soft_hgr_loss, swfc_loss
 
 # %% ../../nbs/414_multiemo.ipynb #d380786e
@@ -129,7 +129,7 @@ class MultiEmo(ConversationModel):
         if not runs: return torch.stack([*read.values()])
         states = read_dialogues(nets, [xs[m] for m, _ in runs], speakers, layout, back)
         for m, net in self.recurrences.items():
-            h = torch.cat([h for (n, _), h in zip(runs, states) if n == m], 1)
+            h = torch.cat([h for (n, _), (h, _) in zip(runs, states) if n == m], 1)
             if m in self.join: h = self.join[m](h)
             read[m] = F.relu(self.drop(h, self.config.dropout))
         return torch.stack([*read.values()])

@@ -84,7 +84,9 @@ def relational_attention(
     def rows(asks, relations):  # (E, B, n), (B, n, N) -> (E, B, n, D)
         onehot = (relations.flatten() == kinds).to(bias)  # (R + 1, B*n*N)
         score = (bias @ onehot).view(E, *relations.shape)
-        score = F.leaky_relu(score + (asks[..., None] + keys[:, :, None]), .2)
+        # (E, B, n, N), large: in place
+        score = score.add_(asks[..., None]).add_(keys[:, :, None])
+        score = F.leaky_relu(score, .2, inplace=True)
         share = dropout(score.softmax(3), drop, True)  # (E, B, n, N)
         edges = (relations > 0).to(values) @ seen.to(values).permute(1, 2, 0)  # (B, n, E)
         return (share.to(values) @ values) * (edges.permute(2, 0, 1)[..., None] > 0)

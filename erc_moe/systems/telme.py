@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
-from ..baselines.bc_lstm import read_conversations
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts
 from ..ragged import Layout
+from ..recurrence import bigru
 from .attention import TurnAttention
 
 # %% ../../nbs/417_telme.ipynb #9ff10e32
@@ -128,7 +128,7 @@ class TelMe(ConversationModel):
         c, layout = self.config, Layout(batch.mask)
         seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs = [self.drop(x, c.input_dropout) for x in xs]
-        features = torch.stack([read_conversations(self.teacher, xs[0], layout)] + [
+        features = torch.stack([bigru([self.teacher], [xs[0]], layout)[0]] + [
             net(x)*s[:, None] for net, x, s in zip(self.students.values(), xs[1:], seen[1:])])
         # (M, C) each
         said = [net(self.drop(f, c.dropout)) for net, f in zip(self.heads.values(), features)]
