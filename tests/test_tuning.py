@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from erc_moe.cli import main
 from erc_moe.conversations import DataError
@@ -116,6 +117,28 @@ def test_it_learns_and_writes_its_card(tuned):
         tuned.folder / "summary.json"
     ).read_text().replace(tuned.summary["command"], "").replace(
         json.dumps(tuned.summary["command"])[1:-1], "")
+
+
+def test_sures_text_features_are_the_last_state_of_cls(encoder, table, tmp_path):
+    "Tuned whole, no layer between: what transformers itself gives with the tuned weights."
+    run = tune(
+        "text", str(encoder), table, preset="sure", seeds=1, out=tmp_path/"run", device="cpu",
+        progress=False, changes=dict(epochs=2, lr=1e-3))
+    assert run.summary["trained"] == run.summary["parameters"], "all of it is tuned, without LoRA"
+    store = embed(run, load_corpus(table), tmp_path/"store", device="cpu")
+    before, tuned = (BertModel.from_pretrained(encoder, add_pooling_layer=False) for _ in range(2))
+    state = load_file(run.encoder_folder()/"encoder.safetensors")
+    assert {n.partition(".")[0] for n in state} == {"base", "classify"}, "one layer per emotion"
+    tuned.load_state_dict(
+        {n.removeprefix("base."): x for n, x in state.items() if n.startswith("base.")})
+    words = AutoTokenizer.from_pretrained(encoder)
+    u = next(u for c in load_corpus(table).splits["test"] for u in c.utterances if u.text)
+    with torch.no_grad():
+        cls = [m.eval()(**words(u.text, return_tensors="pt")).last_hidden_state[0, 0].numpy()
+               for m in (before, tuned)]
+    row = store.lookup([u.id])[0][0]
+    assert row.shape == (32,) and np.allclose(row, cls[1], atol=1e-5)
+    assert not np.allclose(cls[0], cls[1], atol=1e-3), "the tuning has moved it"
 
 
 def test_two_processes_tune_and_embed(encoder, table, tmp_path):

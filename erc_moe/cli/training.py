@@ -105,7 +105,8 @@ def train(args):
     option(
         "--preset", default="cpu", metavar="NAME",
         help="cpu tunes a small encoder whole; paper is the published configuration, LoRA "
-        "under a head of 2048 (default: cpu)."),
+        "under a head of 2048; sure makes the text features of SURE: tuned whole, the last "
+        "layer's [CLS] (default: cpu)."),
     PROTOCOL, SEEDS,
     option(
         "--folds", type=whole_number(0, 1000), default=0, metavar="K",

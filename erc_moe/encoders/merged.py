@@ -111,7 +111,8 @@ class MergedTextEncoder(nn.Module):
         adapter = {n.removeprefix("base."): x for n, x in tuned.items() if n.startswith("base.")}
         self.bert = Bert(self.base_config, merge_lora(state, adapter, c["alpha"]/c["rank"]))
         width = self.base_config["hidden_size"]
-        self.norm, self.pool = nn.LayerNorm(width), Pooling(c["pooling"], width)
+        self.norm, self.pool = nn.LayerNorm(width), Pooling(
+            c["pooling"], width, c.get("pool_width", 128))
         self.embed_layer = nn.Linear(self.pool.width, c["width"])
         self.classify = nn.Sequential(
             nn.ReLU(), nn.Dropout(c["dropout"]), nn.Linear(c["width"], c["classes"]))
@@ -190,6 +191,6 @@ def can_merge(
     # which encoders of an earlier version do not say
     later = dict(context_after=0, rated=0, others=None)
     if any(c.get(k) != x for k, x in plain.items()): return False
-    if any(c.get(k, x) != x for k, x in later.items()): return False
+    if any(c.get(k, x) != x for k, x in later.items()) or not c["width"]: return False
     source = Pretrained(c["encoder"], c["revision"])
     return source.name == "minilm" or source.config.model_type == "bert"

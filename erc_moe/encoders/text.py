@@ -55,7 +55,15 @@ class TextEncoderConfig(EncoderConfig):
     @classmethod
     def paper(cls, encoder: str, classes: int, **changes) -> "TextEncoderConfig":
         "The published sizes; the paper's encoder is LLaMA-3.1-8B."
-        return cls(encoder=encoder, classes=classes, **changes)
+        return cls(encoder=encoder, classes=classes, **dict(pool_width=0) | changes)
+
+    @classmethod
+    def sure(cls, encoder: str, classes: int, **changes) -> "TextEncoderConfig":
+        "SURE's text features (section 2.2): RoBERTa-large tuned whole, the last layer's [CLS]."
+        return cls(
+            encoder=encoder,
+            classes=classes,
+            **dict(adaptation="full", pooling="first", width=0, dropout=0.1, gamma=0.) | changes)
 
     @classmethod
     def cpu(cls, encoder: str, classes: int, **changes) -> "TextEncoderConfig":

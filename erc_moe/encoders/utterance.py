@@ -39,13 +39,15 @@ class Pooling(nn.Module):
     def __init__(self,
         kind: str,          # one of `POOLINGS`
         width: int,         # D, of the hidden states
-        inner: int = 128,   # of the network that scores the states; attentive only
+        # of the network that scores the states; attentive only. 0: as wide as they
+        inner: int = 128,
     ):
         super().__init__()
         if kind not in POOLINGS:
             raise DataError(f"there is no pooling {kind!r}", f"There are {', '.join(POOLINGS)}.")
         self.kind, self.width = kind, 2*width if kind == "attentive" else width
         if kind == "attentive":
+            inner = inner or width
             self.score = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, 1))
 
     def forward(self,
@@ -91,9 +93,12 @@ class EncoderConfig:
     # so many lowest layers, and the embeddings, stay; below 0: all but so many at the top
     frozen_layers: int = 0
     pooling: str = "attentive"            # or "mean", "first", "last"
-    width: int = 2048                     # of the embedding, the first FC layer's output
-    dropout: float = 0.5                  # between the head's two layers
-    gamma: float = 3.                     # of the focal loss
+    # of the network that scores the states, attentive only; 0: as wide as the states are
+    pool_width: int = 128
+    # of the embedding, the first FC layer's output; 0: no such layer, the pooled state itself is it
+    width: int = 2048
+    dropout: float = 0.5                  # before the head's last layer
+    gamma: float = 3.                     # of the focal loss; 0: cross-entropy
     reduction: str = "mean"               # or "sum", of the focal loss over a batch
     head_rate: float = 1.  # the head's learning rate, as a factor of the transformer's
     layer_decay: float = 1.  # learning rate of a layer, as a factor of the next higher one's
@@ -114,7 +119,8 @@ class EncoderConfig:
                 raise DataError(
                     f"{name} is {getattr(self, name)!r}", f"It can be {', '.join(allowed)}.")
         for name, low, high in (
-            ("rank", 1, 1e4), ("width", 1, 1e6), ("dropout", 0, 0.999), ("lora_dropout", 0, 0.999),
+            ("rank", 1, 1e4), ("width", 0, 1e6), ("pool_width", 0, 1e6), ("dropout", 0, 0.999),
+            ("lora_dropout", 0, 0.999),
             ("gamma", 0, 1e3), ("frozen_layers", -1e4, 1e4), ("head_rate", 1e-9, 1e6),
             ("layer_decay", 1e-6, 1), ("contrast", 0, 1e3), ("temperature", 1e-6, 1e3),
             ("rating_weight", 0, 1e3)):
@@ -284,14 +290,18 @@ class UtteranceEncoder(nn.Module):
         self.make_head()
 
     def make_head(self):
-        "What stands on the transformer."
+        "What stands on the transformer; where the head has one layer, nothing before the pooling."
         c, D = self.config, self.hidden_width
-        self.norm, self.pool = nn.LayerNorm(D), Pooling(c.pooling, D)
-        self.embed_layer = nn.Linear(self.pool.width, c.width)
-        classes = c.classes + sum(c.others or [])
-        self.classify = nn.Sequential(
-            nn.ReLU(), nn.Dropout(c.dropout), nn.Linear(c.width, classes))
-        if c.rated: self.rate = nn.Linear(c.width, c.rated)
+        self.norm = nn.LayerNorm(D) if c.width else nn.Identity()
+        self.pool = Pooling(c.pooling, D, c.pool_width)
+        self.embed_layer = nn.Linear(self.pool.width, c.width) if c.width else nn.Identity()
+        classes, W = c.classes + sum(c.others or []), self.embedding_width
+        bend = [nn.ReLU()] if c.width else []
+        self.classify = nn.Sequential(*bend, nn.Dropout(c.dropout), nn.Linear(W, classes))
+        if c.rated: self.rate = nn.Linear(W, c.rated)
+
+    @property
+    def embedding_width(self) -> int: return self.config.width or self.pool.width
 
     @classmethod
     def origin(cls, config: EncoderConfig) -> Pretrained:
@@ -325,8 +335,8 @@ class UtteranceEncoder(nn.Module):
 
     def forward(self, batch: UtteranceBatch) -> EncoderOutput:
         hidden, mask = self.hidden(batch.inputs)
-        # (B, W)
-        embedding = self.embed_layer(self.pool(self.norm(hidden.to(self.norm.weight.dtype)), mask))
+        states = self.norm(hidden.to(self.classify[-1].weight.dtype))  # (B, T, D)
+        embedding = self.embed_layer(self.pool(states, mask))  # (B, W)
         logits = self.classify(embedding)
         if not self.training: logits = logits[:, :self.config.classes]    # the target's alone
         return EncoderOutput(logits, {}, None, embedding)
@@ -369,7 +379,7 @@ class UtteranceEncoder(nn.Module):
     ) -> np.ndarray:                # float32 (M, W)
         """The embedding of every utterance, in evaluation mode; the same whichever utterances
         are asked for with it."""
-        was, out = self.training, np.empty((len(data), self.config.width), np.float32)
+        was, out = self.training, np.empty((len(data), self.embedding_width), np.float32)
         self.eval()
         for batch, rows in tqdm(data.evaluation, disable=not progress, desc=self.pretrained.title):
             out[rows.cpu()] = self(batch).embedding.float().cpu()

@@ -20,6 +20,7 @@ from ..conversations import Conversation, DataError
 from ..corpora import find_corpus, load_corpus
 from ..corpora.core import Corpus, FeatureTable
 from ..corpora.labels import ready_to_train
+from ..corpora.registry import as_split
 from ..features import FeaturePipeline, import_features
 from ..features.attach import attach
 from ..files import read_json
@@ -278,7 +279,8 @@ def train(
     known = None if isinstance(corpus, Corpus) else find_corpus(str(corpus))
     declared = known.features if known else {}    # with the corpus, where no source is named
     corpus = ready_to_train(
-        corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data, label_map=label_map))
+        corpus if isinstance(corpus, Corpus)
+        else load_corpus(as_split(corpus, preset), data, label_map=label_map))
     check_corpus(corpus)
     imported = import_features(features, corpus, cache=cache) if features else None
     if imported: corpus = replace(corpus, faults=corpus.faults + imported.record["told"])

@@ -19,6 +19,7 @@ from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus
 from ..corpora.labels import ready_to_train
+from ..corpora.registry import as_split
 from ..encoders import ENCODERS, UtteranceEncoder, load_encoder
 from ..encoders.signal import beside
 from ..files import read_json, sha256_file, write_json
@@ -119,10 +120,15 @@ class TunedRun:
 # %% ../../nbs/604_tuning.ipynb #8af54560
 TUNING = {  # modality -> preset -> corpus, or "" for all -> changes to TrainingConfig
     "text": {
-        "paper": {"": dict(epochs=50, batch_size=8, lr=1e-5, max_norm=0.)},
+        "paper": {"": dict(epochs=50, batch_size=8, lr=1e-5, weight_decay=0., max_norm=0.)},
         "cpu": {
             "": dict(epochs=3, batch_size=32, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True),
             "meld": dict(epochs=2),
+        },
+        "sure": {
+            "": dict(
+                epochs=10, batch_size=16, lr=1e-5, weight_decay=0.1, schedule="cosine", warmup=0.06,
+                max_norm=0.)
         },
     },
     "speech": {
@@ -190,7 +196,7 @@ def tune(
     corpus: str|Corpus,                   # "meld", ..., a path to your own table, or a corpus
     data: str|Path|None = None,           # where the corpora lie, when `corpus` is a name
     *,
-    preset: str = "cpu",                  # or "paper"
+    preset: str = "cpu",                  # or "paper"; "sure": the text features of SURE
     protocol: str = "strict",             # or "paper": test-selected, shown beside strict
     seeds: int|list[int] = 3,             # how many (0, 1, ...), or which
     folds: int = 0,                       # K for cross-fitted embeddings; 0: none
@@ -218,7 +224,7 @@ def tune(
     corpus, kind = (
         ready_to_train(
             corpus if isinstance(corpus, Corpus)
-            else load_corpus(corpus, data, label_map=label_map)),
+            else load_corpus(as_split(corpus, preset), data, label_map=label_map)),
         ENCODERS[modality])
     check_corpus(corpus)
     seeds, name = check_seeds(seeds), encoder.removeprefix("hf:")
@@ -322,6 +328,7 @@ def embed(
             f"there is no file {lost}", "Repeat the command that tuned it: it makes what is missing.")
     revision = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()[:16]
     s, width = run.summary, run.summary["config"]["model"]["width"]
+    width = width or run.encoder(seed).embedding_width
     told = {
         k: s[k]
         for k in (
