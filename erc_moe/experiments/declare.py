@@ -130,7 +130,8 @@ class Row:
             if not self.modalities or m in self.modalities}
         if self.model is None or not sources or set(self.modalities) - sources.keys(): return None
         return Cell(
-            self.model, as_split(corpus, preset, tell=False), sources, self.changes, preset, seed, self.protocol, self.past,
+            self.model, as_split(corpus, preset, tell=False), sources, self.changes, preset, seed,
+            self.protocol, self.past,
             self.teachers)
 
 # %% ../../nbs/830_experiments.ipynb #70093951

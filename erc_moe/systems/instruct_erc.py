@@ -31,8 +31,8 @@ class InstructErcConfig(EncoderConfig):
     def __post_init__(self):
         super().__post_init__()
         of_the_head = (
-            "pooling", "pool_width", "width", "dropout", "gamma", "reduction", "head_rate", "contrast",
-            "temperature", "rating_weight", "rated", "others")
+            "pooling", "pool_width", "width", "dropout", "gamma", "reduction", "head_rate",
+            "contrast", "temperature", "rating_weight", "rated", "others")
         for f in fields(EncoderConfig):
             if f.name in of_the_head and getattr(self, f.name) != f.default:
                 raise DataError(
