@@ -25,7 +25,7 @@ demo: setup      ## train MiSTER-E on the sample corpus from raw text and speech
 test: export OMP_NUM_THREADS = 1
 test: setup      ## every notebook and every test
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q -n 2 --dist loadfile tests
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: setup ## kills and full disks at every write and at 200 random moments (an hour)

@@ -120,10 +120,13 @@ def test_results_can_be_made_again():
 
 def literal_lines(source):
     "Lines that a string literal fills, or spans several of: literal data."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = set()
-    for t in (t for t in tokens if t.type == tokenize.STRING):
-        (first, begin), (last, end) = t.start, t.end
+    begun, strings, lines = [], [], set()
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[t.type]
+        if kind == "STRING": strings.append((t.start, t.end))
+        if kind == "FSTRING_START": begun.append(t.start)  # from Python 3.12; a STRING before
+        if kind == "FSTRING_END": strings.append((begun.pop(), t.end))
+    for (first, begin), (last, end) in strings:
         line = source.splitlines()[first - 1]
         if first < last: lines |= set(range(first, last + 1))
         elif len(line) - (end - begin) <= 45: lines.add(first)

@@ -73,13 +73,13 @@ class Published:
     def folder(self) -> Path:
         """The offline packages' folder where they are installed, else the hub's; `DataError` where
         neither can be had."""
-        try: parts = [f for p in self.packages for f in files(p) or []]
+        try: held = [list(files(p) or []) for p in self.packages]  # from Python 3.12 what is there
         except PackageNotFoundError: return self._from_hub()
-        weights = [f for f in parts if f.name == "model.safetensors"]
-        pieces = [Path(f.locate()) for f in parts if f.suffix[1:].isdigit()]
-        there = all(p.is_file() for p in pieces)
+        weights = [f for fs in held for f in fs if f.name == "model.safetensors"]
+        held = [[Path(f.locate()) for f in fs if f.suffix[1:].isdigit()] for fs in held]
+        pieces = [p for ps in held for p in ps]
         if weights: folder = Path(weights[0].locate()).parent
-        elif pieces and there: folder = self._unpacked(pieces)
+        elif all(held) and all(p.is_file() for p in pieces): folder = self._unpacked(pieces)
         else: folder = None
         if folder is None or not (folder/"model.safetensors").is_file():
             raise DataError(
