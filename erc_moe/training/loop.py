@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SELECTION', 'JUDGED', 'POOLED', 'UNREADABLE', 'scoring_batches', 'ConversationTensors', 'epoch_seed',
            'TrainingConfig', 'epoch_batches', 'Scores', 'score', 'dataset', 'training_data', 'parameter_groups',
-           'trained_state', 'load_trained', 'Best', 'Fitted', 'fit']
+           'trained_state', 'load_trained', 'Whole', 'Best', 'Fitted', 'fit']
 
 # %% ../../nbs/602_training.ipynb #6dfbfea8
 import json, math, pickle, time
@@ -321,6 +321,26 @@ class _Objective(nn.Module):
             getattr(self.model.config, "reduction", "mean"))
         return {k: (1 - share)*x for k, x in parts.items()} | {"distillation": share*soft}
 
+# %% ../../nbs/602_training.ipynb #747082e4
+class Whole:
+    "A model that lies whole in each process."
+    def __init__(self, model: nn.Module, config: TrainingConfig, accelerator):
+        # what is trained, and what `score` asks
+        self.model, self.scored, self.accelerator = model, model, accelerator
+        optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer](
+            parameter_groups(model.to(accelerator.device)), lr=config.lr,
+            weight_decay=config.weight_decay, fused=True)
+        self.objective, self.optimizer = accelerator.prepare(_Objective(model, config), optimizer)
+
+    def clip(self, norm: float) -> Tensor:
+        return self.accelerator.clip_grad_norm_(self.model.parameters(), norm)
+
+    # all processes ask at once, and each gets everything
+    def state(self) -> dict[str, Tensor]: return trained_state(self.model)
+    def load(self, state: dict[str, Tensor]): load_trained(self.model, state)
+    def optimizer_state(self) -> dict: return self.optimizer.state_dict()
+    def load_optimizer(self, state: dict): self.optimizer.load_state_dict(state)
+
 # %% ../../nbs/602_training.ipynb #b47dd4b2
 @dataclass
 class Best:
@@ -370,6 +390,7 @@ def fit(
     log_with: str|None = None,    # of `TRACKERS`: told of every epoch; writes below `out`
     # float32 (M, C): a teacher's probabilities for the utterances of the training split
     teacher: Tensor|None = None,
+    placing=Whole,    # how the model lies in the processes: `Whole`, or another with its methods
 ) -> Fitted:
     """Train with one seed; carries on from the checkpoint in `out`, to the same weights as if it
     had never stopped."""
@@ -385,23 +406,20 @@ def fit(
             f"the protocol {protocol} and how many epochs it takes (until={until}) do not agree",
             "Give until with refit, and with no other.")
     if (config.distillation > 0) != (teacher is not None):
+        there = f"there is {'no' if teacher is None else 'a'} teacher"
         raise DataError(
-            f"distillation is {config.distillation:g}, and there is "
-            f"{'no' if teacher is None else 'a'} teacher",
-            "Give a teacher, or leave distillation at 0." if teacher is None
-            else "Set distillation above 0, such as 0.5.")
+            f"distillation is {config.distillation:g}, and {there}", "Give both, or neither.")
     learned = corpus.splits["train"] + (corpus.splits["validation"] if protocol in POOLED else [])
     data = {
         s: (training_data if s == "train" else dataset)(
             model, of, corpus.labels, accelerator.device)
         for s, of in [("train", learned), *((s, corpus.splits[s]) for s in judging)]}
-    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer](
-        parameter_groups(model.to(accelerator.device)), lr=config.lr,
-        weight_decay=config.weight_decay, fused=True)
-    objective, optimizer = accelerator.prepare(_Objective(model, config), optimizer)
+    placed = placing(model, config, accelerator)
+    objective, optimizer = placed.objective, placed.optimizer
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None)
-    judged = average.module if average else model
+    judged = average.module if average else placed.scored
+    now = lambda: trained_state(average.module) if average else placed.state()
     learnable = data["train"].learnable
     if not len(learnable):
         raise DataError(
@@ -412,16 +430,14 @@ def fit(
         teacher = torch.cat([teacher, torch.zeros_like(teacher[:1])]).to(accelerator.device)
         if len(teacher) != len(data["train"].labels):
             raise DataError(
-                f"the teacher speaks of {len(teacher) - 1} utterances, and "
-                f"{len(data['train'].labels) - 1} are learnt from",
-                "Take a teacher of the same corpus and split.")
+                f"the teacher speaks of {len(teacher) - 1} utterances", "Take one of this split.")
     per_epoch = math.ceil(math.ceil(len(learnable)/config.batch_size)/accelerator.num_processes)
     fitted, begin, saved = Fitted([], {s: Best() for s in judging}, 0.0), 1, time.monotonic()
     checkpoint = out and Path(out)/"checkpoint.pt"
     if checkpoint and checkpoint.exists():
         try:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            load_trained(model, state["model"]); optimizer.load_state_dict(state["optimizer"])
+            placed.load(state["model"]); placed.load_optimizer(state["optimizer"])
             if average: load_trained(average, state["average"])
             fitted = Fitted(
                 state["log"], {s: Best(**state["best"][s]) for s in judging}, state["seconds"])
@@ -457,15 +473,12 @@ def fit(
                 # processes exchange gradients at a step's last batch
                 exchange = nullcontext() if n == len(step) else accelerator.no_sync(objective)
                 with exchange:
-                    batch, soft = data["train"].batch(learnable[index]), ()
-                    if teacher is not None:
-                        rows = data["train"].rows(learnable[index]).to(accelerator.device)
-                        soft = (teacher[rows],)
-                    parts = objective(batch, *soft)
+                    batch, soft = data["train"].batch(learnable[index]), None
+                    if teacher is not None: soft = teacher[data["train"].rows(learnable[index])]
+                    parts = objective(batch, soft)
                     accelerator.backward(sum(parts.values())/len(step))
                 losses = {k: losses.get(k, 0.0) + v.detach() for k, v in parts.items()}
-            norm = norm + accelerator.clip_grad_norm_(
-                model.parameters(), config.max_norm or math.inf)
+            norm = norm + placed.clip(config.max_norm or math.inf)
             optimizer.step(); optimizer.zero_grad()
             if average: average.update_parameters(model)
         entry = dict(
@@ -477,13 +490,14 @@ def fit(
                 "Lower lr or max_norm, or train without bf16.")
         with accelerator.autocast():
             entry |= {s: score(judged, data[s]).weighted_f1(data[s].truth) for s in judging}
-        [entry] = broadcast_object_list([entry])    # one process decides for all
+        due = time.monotonic() - saved >= checkpoint_seconds
+        entry, due = broadcast_object_list([entry, due])    # one process decides for all
         entry["seconds"] = time.monotonic() - started
         for s, top in fitted.best.items():
             if entry[s]["mixture"] > top.weighted_f1:
                 fitted.best[s] = Best(
                     epoch, entry[s]["mixture"],
-                    {k: v.detach().cpu().clone() for k, v in trained_state(judged).items()})
+                    {k: v.detach().cpu().clone() for k, v in now().items()})
         fitted.log.append(entry); fitted.seconds += entry["seconds"]
         if log_with: accelerator.log(measures(entry), step=epoch)
         if chosen := fitted.best.get(best):
@@ -495,18 +509,19 @@ def fit(
         if out and accelerator.is_main_process:
             lines = "".join(json.dumps(e) + "\n" for e in fitted.log)
             atomic_write(Path(out)/"log.jsonl", lines.encode())
-            if time.monotonic() - saved >= checkpoint_seconds:
-                state = dict(
-                    model=trained_state(model), optimizer=optimizer.state_dict(),
-                    average=average and trained_state(average),
-                    best={s: vars(b) for s, b in fitted.best.items()}, log=fitted.log,
-                    seconds=fitted.seconds)
+        if out and due:
+            state = dict(    # every process asks, one writes
+                model=placed.state(), optimizer=placed.optimizer_state(),
+                average=average and trained_state(average),
+                best={s: vars(b) for s, b in fitted.best.items()}, log=fitted.log,
+                seconds=fitted.seconds)
+            if accelerator.is_main_process:
                 atomic_write(checkpoint, lambda file: torch.save(state, file))
-                saved = time.monotonic()
+            saved = time.monotonic()
     bar.close()
     for tracker in accelerator.trackers: tracker.finish()
     if best == "last":
-        state = {k: v.detach().cpu().clone() for k, v in trained_state(judged).items()}
+        state = {k: v.detach().cpu().clone() for k, v in now().items()}
         fitted.best[best] = Best(len(fitted.log), math.nan, state)
-    load_trained(model, fitted.best[best].state)
+    placed.load(fitted.best[best].state)
     return fitted
