@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..ragged import Layout
-from ..recurrence import _LockStepGRU
+from ..recurrence import _LockStepGRU, lock_step, product
 
 # %% ../../nbs/413_dialogue_context.ipynb #864a8451
 class _LockStepDialogue(torch.autograd.Function):
     "R recurrences of global and party cell, step by step together: C = 2R cells, global first."
     @staticmethod
-    def forward(ctx, said, keys, heard_weight, state_weight, state_bias, index, sizes, rows):
-        # said (C, M, 3H) of the utterances; keys (M, R, H); both weights (C, H, 3H), state_bias
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, heard_weight, state_weight, said, keys, state_bias, index, sizes, rows):
+        # both weights (C, H, 3H); said (C, M, 3H) of the utterances; keys (M, R, H); state_bias
         # (C, 1, 3H); index: rows of the states' table in each step, (C*b,) each
         (C, M, H), R, N = (*said.shape[:2], said.shape[2]//3), keys.shape[1], len(sizes)
         learns = any(ctx.needs_input_grad)
@@ -35,8 +36,8 @@ class _LockStepDialogue(torch.autograd.Function):
                 context = torch.bmm(share, earlier).view(b, R, H).transpose(0, 1)
             # the global cell hears the speaker's state, the party cell the context
             heard = torch.cat([state[R:], context])  # (C, b, H)
-            gates = torch.baddbmm(said_t, heard, heard_weight)  # (C, b, 3H), becomes r, z, n
-            recalled = torch.baddbmm(state_bias, state, state_weight)
+            gates = product(said_t, heard, heard_weight)  # (C, b, 3H), becomes r, z, n
+            recalled = product(state_bias, state, state_weight)
             (rz, n), recalled_n = gates.split([2*H, H], 2), recalled[..., 2*H:]
             r, z = rz.add_(recalled[..., :2*H]).sigmoid_().split(H, 2)
             n.addcmul_(r, recalled_n).tanh_()
@@ -53,6 +54,7 @@ class _LockStepDialogue(torch.autograd.Function):
         return torch.cat(spoken, 1)  # (R, M, H)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):
         keys, heard_weight, state_weight, past, shares, gates, recalled_n, state, heard = (
             ctx.saved_tensors)
@@ -88,8 +90,9 @@ class _LockStepDialogue(torch.autograd.Function):
                 d[:R, :later] += d_past.view(later, R, H).transpose(0, 1)
             torch.mul(to_given, d[:, :, None], out=given_t)
             torch.mul(to_recalled, d[:, :, None], out=recalled_t)
-            d_heard = torch.bmm(given_t.flatten(2), to_heard)  # (C, b, H)
-            d_state = torch.baddbmm(d*z_t, recalled_t.flatten(2), to_state)
+            # (C, b, H) each
+            d_heard = torch.bmm(given_t.flatten(2).to(to_heard.dtype), to_heard).to(d)
+            d_state = product(d*z_t, recalled_t.flatten(2), to_state)
             d_state[R:] += d_heard[:R]
             table.index_copy_(0, at, d_state.flatten(0, 1))
             if t:
@@ -102,9 +105,12 @@ class _LockStepDialogue(torch.autograd.Function):
         given, recalled = given.flatten(2), recalled.flatten(2)  # (C, M, 3H)
         d_keys = torch.bmm(weights[..., 1].mT.contiguous(), past)
         d_keys = d_keys.unflatten(0, (-1, R))[rank, :, turn]  # (M, R, H)
+        d_heard_weight, d_state_weight = (
+            torch.bmm(x.mT.to(to_heard.dtype), y.to(to_heard.dtype))
+            for x, y in ((heard, given), (state, recalled)))
         return (
-            given, d_keys, torch.bmm(heard.mT, given), torch.bmm(state.mT, recalled),
-            recalled.sum(1, keepdim=True), None, None, None)
+            d_heard_weight, d_state_weight, given, d_keys, recalled.sum(1, keepdim=True), None,
+            None, None)
 
 # %% ../../nbs/413_dialogue_context.ipynb #1f6009e7
 def read_dialogues(
@@ -133,22 +139,21 @@ def read_dialogues(
     stack = lambda name, columns: torch.stack([fill(getattr(c, name), columns) for c in cells])
     bias = lambda name: torch.stack([
         fill(getattr(c, name)[:, None], 1).view(1, 3*H) for c in cells])
-    with torch.autocast(rank.device.type, enabled=False):
-        x = torch.stack([x[rows] for x, rows in zip(xs, order)]).to(first.attend.weight.dtype)
-        given = stack("weight_ih", D + H).flatten(1, 2).mT  # (2R, D + H, 3H)
-        keys = torch.stack([F.pad(n.attend.weight, (0, 0, 0, H - len(n.attend.weight)))
-                            for n in nets])  # (R, H, D)
-        said = torch.baddbmm(
-            bias("bias_ih"), x.repeat(2, 1, 1), given[:, :D])
-        spoken = _LockStepDialogue.apply(
-            said, torch.bmm(x, keys.mT).transpose(0, 1).contiguous(), given[:, D:].contiguous(),
-            stack("weight_hh", H).flatten(1, 2).mT.contiguous(),
-            bias("bias_hh"), [i.flatten() for i in place.split(sizes, 1)],
-            sizes, R*sizes[0]*(1 + parties))  # (R, M, H)
-        party = [s[o.argsort(), :P] for s, o in zip(spoken, order)]  # (M, P) each
-        gates = [  # (M, 3E) each
-            F.linear(s, n.emotion.weight_ih_l0, n.emotion.bias_ih_l0) for n, s in zip(nets, party)]
-        emotion = _LockStepGRU.apply(
-            torch.stack([n.emotion.weight_hh_l0 for n in nets]),
-            torch.stack([n.emotion.bias_hh_l0 for n in nets])[:, None], order, sizes, *gates)
+    x = torch.stack([x[rows] for x, rows in zip(xs, order)]).to(first.attend.weight.dtype)
+    given = stack("weight_ih", D + H).flatten(1, 2).mT  # (2R, D + H, 3H)
+    attend = torch.stack([  # (R, H, D)
+        F.pad(n.attend.weight, (0, 0, 0, H - len(n.attend.weight))) for n in nets])
+    said = torch.baddbmm(bias("bias_ih"), x.repeat(2, 1, 1), given[:, :D])
+    keys = torch.bmm(x, attend.mT).transpose(0, 1).contiguous()  # (M, R, H)
+    spoken = lock_step(
+        _LockStepDialogue,
+        [given[:, D:].contiguous(), stack("weight_hh", H).flatten(1, 2).mT.contiguous()],
+        said, keys, bias("bias_hh"), [i.flatten() for i in place.split(sizes, 1)], sizes,
+        R*sizes[0]*(1 + parties))  # (R, M, H)
+    party = [s[o.argsort(), :P] for s, o in zip(spoken, order)]  # (M, P) each
+    gates = [  # (M, 3E) each
+        F.linear(s, n.emotion.weight_ih_l0, n.emotion.bias_ih_l0) for n, s in zip(nets, party)]
+    emotion = lock_step(
+        _LockStepGRU, [torch.stack([n.emotion.weight_hh_l0 for n in nets])],
+        torch.stack([n.emotion.bias_hh_l0 for n in nets])[:, None], order, sizes, *gates)
     return [*zip(emotion, party)]

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from ..conversations import Conversation, ConversationBatch, DataError, collate, link_rows
 from ..files import atomic_write
+from ..precision import PRECISIONS, prepare_device
 from ..losses import distillation_loss
 from ..evaluation.statistics import conversation_counts, weighted_f1
 from .trackers import begin_tracking, measures
@@ -138,7 +139,7 @@ def epoch_seed(
 # %% ../../nbs/602_training.ipynb #6b978f04
 CHOICES = dict(
     optimizer=("adamw", "adam"), schedule=("constant", "cosine"),
-    class_weights=("none", "inverse_frequency"), precision=("no", "bf16"))
+    class_weights=("none", "inverse_frequency"), precision=PRECISIONS)
 
 # %% ../../nbs/602_training.ipynb #885c6c44
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class TrainingConfig:
     # or "inverse_frequency": rarer emotions weigh more in the model's loss
     class_weights: str = "none"
     buckets: bool = False              # batch conversations of like length together
-    precision: str = "no"              # or "bf16": automatic mixed precision
+    precision: str = "fp32"    # or "bf16", mixed precision; or "auto", what the processor has
     # share of the loss that a teacher's probabilities have, the labels have the rest; 0: no teacher
     distillation: float = 0.0
     distillation_temperature: float = 2.0    # T > 0, of teacher and student
@@ -358,16 +359,6 @@ class Fitted:
     best: dict[str, Best]
     seconds: float           # spent in training, over all restarts
 
-# %% ../../nbs/602_training.ipynb #1427a23e
-def _accelerator(precision, device, **tracking):
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    # accelerate keeps a process's first configuration, a later training may have another
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        mixed_precision=precision, cpu=device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], **tracking)
-
 # %% ../../nbs/602_training.ipynb #0ed7cba8
 # what reading a damaged checkpoint raises
 UNREADABLE = (
@@ -398,7 +389,8 @@ def fit(
         raise DataError(
             f"checkpoint_seconds is {checkpoint_seconds}", "It must be 0 or more, such as 30.")
     from accelerate.utils import broadcast_object_list    # predicting needs none of it
-    accelerator = _accelerator(config.precision, device, log_with=log_with, project_dir=out)
+    accelerator = prepare_device(
+        config.precision, device, progress, log_with=log_with, project_dir=out)
     if log_with: begin_tracking(accelerator, log_with, out, dict(seed=seed, **vars(config)))
     judging, best = JUDGED[protocol], SELECTION[protocol]
     if (best == "last") != (until is not None):
