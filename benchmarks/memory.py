@@ -21,7 +21,8 @@ def predict(model: str, case: str):
     """Peak resident gigabytes before the model is asked and after, and seconds of CPU."""
     from erc_moe.conversations import Conversation, Utterance
     from erc_moe.models import find_model
-    from erc_moe.training.loop import ConversationTensors, score
+    from erc_moe.training.batches import ConversationTensors
+    from erc_moe.training.loop import score
     rng, conversations = np.random.default_rng(0), []
     for c, turns in enumerate(CASES[case]):
         conv = Conversation(str(c), [Utterance(f"{c}_{i}", "AB"[i % 2], "") for i in range(turns)])

@@ -82,7 +82,7 @@ class PaddedMisterE(nn.Module):
             experts.flatten(0, 1), mask.flatten()[:, None].expand(-1, 3))
         return MisterEOutput(
             logits.unflatten(0, mask.shape), dict(zip(c.experts, said)),
-            weights.unflatten(0, mask.shape), torch.stack([s[mask], t[mask]]))
+            weights.unflatten(0, mask.shape), representations=torch.stack([s[mask], t[mask]]))
 
     def loss(self, output, batch) -> LossParts:
         return self.model.loss(output, batch)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .checkpoints import Checkpoint
 from .conversations import MODALITIES, ConversationBatch, DataError
 from .losses import LossParts, focal_loss
-from .ragged import Layout, dropout
+from .ragged import Layout, dropout, upload
 
 # %% ../nbs/817_model_base.ipynb #5d921320
 def allowed(
@@ -140,7 +140,7 @@ def weighted_loss(
     reduction: str = "mean",              # or "sum", over labelled utterances
 ) -> Tensor:                              # ()
     "Focal loss with the class weights of a configuration."
-    weight = None if class_weights is None else torch.tensor(class_weights, device=logits.device)
+    weight = None if class_weights is None else upload(torch.tensor(class_weights), logits.device)
     return focal_loss(logits, labels, gamma, reduction, weight)
 
 # %% ../nbs/817_model_base.ipynb #0a9fe34c
@@ -201,9 +201,21 @@ class ConversationModel(nn.Module, Checkpoint):
             xs.append(torch.where(present[:, None], layout.flat(x).to(like.dtype), 0.))
         return seen, xs
 
+    def places(self,
+        batch: ConversationBatch,
+        layout: Layout,               # of `batch`
+    # per modality: rows (M_m,) among the M utterances, and the layout of these alone
+    ) -> list[tuple[Tensor, Layout]]:
+        "The utterances at which each of the model's modalities was observed."
+        host, device = layout.host, layout.mask.device
+        return [
+            (upload(seen.nonzero()[:, 0], device), Layout(host.padded(seen), device))
+            for seen in self.presence(batch.host, host)]
+
     def loss(self, output: ModelOutput, batch: ConversationBatch) -> LossParts:
         "Cross-entropy over the labelled utterances, weighted by class where there are weights."
+        layout = Layout.of(batch)
         return LossParts({
             "classification": weighted_loss(
-                output.logits[batch.mask], batch.labels[batch.mask],
+                layout.flat(output.logits), layout.flat(batch.labels),
                 getattr(self.config, "class_weights", None))})

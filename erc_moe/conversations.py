@@ -192,8 +192,18 @@ class ConversationBatch:
     utterance_ids: list[list[str]]     # B lists, each as long as its conversation
     # int64 (L, 4): conversation, its utterances i and j, relation; None: no parser was run
     links: Tensor|None = None
+    # the same batch on the CPU, where it was made; None: this one is there
+    origin: "ConversationBatch|None" = None
 
     def __len__(self) -> int: return len(self.mask)
+
+    @property
+    def host(self) -> "ConversationBatch":
+        """The same batch on the CPU: whoever makes indexes of its mask, presence, labels or
+        speakers makes them there, so that a GPU is not waited for."""
+        if self.mask.device.type == "cpu": return self
+        if self.origin is None: self.origin = self.to("cpu")
+        return self.origin
 
     @property
     def lengths(self) -> Tensor:
@@ -204,7 +214,9 @@ class ConversationBatch:
         "The same batch with every tensor on `device`."
         move = lambda x: ({k: move(v) for k, v in x.items()} if isinstance(x, dict) else
                           x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x)
-        return ConversationBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
+        origin = self if self.mask.device.type == "cpu" else self.origin
+        return ConversationBatch(**moved | dict(origin=origin))
 
 # %% ../nbs/800_conversations.ipynb #1c9c4ac6
 def label_indices(

@@ -29,7 +29,8 @@ from .features.attach import attach
 from .features.pipeline import FeaturePipeline
 from .features.store import atomic_write
 from .models import find_model
-from .training.loop import ConversationTensors, score
+from .training.batches import ConversationTensors
+from .training.loop import score
 from .training.predictions import Predictions
 
 # %% ../nbs/605_predict.ipynb #7546606c

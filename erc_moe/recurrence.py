@@ -94,7 +94,7 @@ def packed(nets: list[nn.RNNBase], xs: list[Tensor], layout: Layout) -> list[Ten
     if not len(xs[0]):
         return [x.new_zeros(0, n.hidden_size*(1 + n.bidirectional)) for n, x in zip(nets, xs)]
     order = layout.steps(layout.position)
-    back, sizes = order.argsort(), layout.position.bincount().cpu()
+    back, sizes = order.argsort(), torch.tensor(layout.sizes)
     return [
         net(nn.utils.rnn.PackedSequence(x[order], sizes))[0].data[back] for net, x in zip(nets, xs)]
 
@@ -136,9 +136,9 @@ def bigru(
 ) -> list[Tensor]:        # (M, hidden) of each, in both directions (M, 2*hidden): forward first
     """Every `nn.GRU` over its own flat sequences; on a CPU all of them and both directions in
     one time loop, on a GPU cuDNN's."""
-    if xs[0].is_cuda or not len(xs[0]): return packed(grus, xs, layout)
+    if xs[0].device.type != "cpu" or not len(xs[0]): return packed(grus, xs, layout)
     order, names = _directions(grus, layout)
-    sizes = layout.position.bincount().tolist()
+    sizes = layout.sizes
     for layer in range(grus[0].num_layers):
         if layer: xs = [dropout(x, gru.dropout, gru.training) for gru, x in zip(grus, xs)]
         w, b, u, c = ([getattr(gru, f"{kind}_l{layer}{name}") for gru in grus for name in names]
@@ -233,13 +233,13 @@ def lstm(
 ) -> list[Tensor]:          # (M, H) of each, in both directions (M, 2H): forward first
     """Every `nn.LSTM` over its own flat sequences; on a CPU all of them and both directions in
     one time loop, on a GPU cuDNN's."""
-    if xs[0].is_cuda or not len(xs[0]): return packed(lstms, xs, layout)
+    if xs[0].device.type != "cpu" or not len(xs[0]): return packed(lstms, xs, layout)
     order, names = _directions(lstms, layout)
     w, b, u, c = ([getattr(net, f"{kind}_l0{name}") for net in lstms for name in names]
                   for kind in ("weight_ih", "bias_ih", "weight_hh", "bias_hh"))
     # (M, 4H) each
     gates = [F.linear(xs[i//len(names)], w[i], b[i] + c[i]) for i in range(len(order))]
-    sizes = layout.position.bincount().tolist()
+    sizes = layout.sizes
     hs = lock_step(_LockStepLSTM, [torch.stack(u)], order, sizes, *gates)
     return _joined(hs, names)
 
@@ -254,7 +254,7 @@ def by_layout(
     told, rest = [None]*len(nets), [*range(len(nets))]
     while rest:
         layout = layouts[rest[0]]
-        same = [i for i in rest if torch.equal(layouts[i].mask, layout.mask)]
+        same = [i for i in rest if torch.equal(layouts[i].host.mask, layout.host.mask)]
         for i, h in zip(same, run([nets[i] for i in same], [xs[i] for i in same], layout)):
             told[i] = h
         rest = [i for i in rest if i not in same]

@@ -1,16 +1,22 @@
 """What every registered model promises, by the library's own contract (`erc_moe.testing`). A model
 is tested here by being registered; here too stands what only models of this library promise."""
 import copy
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from erc_moe.conversations import DataError, collate
 from erc_moe.models import MODELS as REGISTERED
 from erc_moe.testing import Case, check_model, random_conversations
 from erc_moe.testing.model import INVARIANTS, LABELS, SEVERAL, WIDTHS
+from erc_moe.training.batches import ConversationTensors
+from erc_moe.training.loop import update_average
 
 # smaller than the preset "cpu", where it helps
 SMALL = dict(
@@ -109,6 +115,51 @@ def test_the_contract_names_what_is_broken(monkeypatch):
 def test_every_model_of_context_has_a_causal_form():
     has = {n for n, e in MODELS.items() if "causal" in {f.name for f in fields(e.config)}}
     assert {*MODELS} - has == {"context_free"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make a GPU's queue run empty. The device "meta" has shapes and no numbers:
+    whoever asks it for one (`item`, `nonzero`, `tolist`, a mask as an index) fails by itself."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kwargs = func(*args, **(kwargs or {})), kwargs or {}
+        kinds = lambda of: {
+            x.device.type for x in tree_leaves(of) if isinstance(x, torch.Tensor) and x.ndim}
+        assert len(kinds((args, kwargs))) < 2, f"{func} reads from two devices"
+        assert kinds((args, kwargs)) >= kinds(out) or kwargs.get("non_blocking") or (
+            "cpu" not in kinds((args, kwargs))), f"{func} waits for its copy"
+        return out
+
+
+def one_step(case, device):
+    weights = "class_weights" in {f.name for f in fields(case.entry.config)}
+    model = case.make(**({"class_weights": [1., 2., 3.]} if weights else {})).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device == "cuda")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(.9))
+    data = ConversationTensors(random_conversations([5, 3, 8, 1]), LABELS, case.widths, device)
+    def step():
+        batch = data.batch(torch.tensor([0, 2, 1, 3]))
+        model.loss(model(batch), batch).total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step(); optimizer.zero_grad()
+        update_average(average, model)
+    return step
+
+
+def test_a_training_step_never_waits_for_a_gpu(case, monkeypatch):
+    # both know no "meta"
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    step = one_step(case, "meta")
+    with NoWaiting(): step(); step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_training_step_never_waits_for_this_gpu(case):
+    step = one_step(case, "cuda")
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try: step()
+    finally: torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["mister_e", "sure", "bc_lstm", "sdt", "late_fusion"])

@@ -48,11 +48,11 @@ class BcLstm(ConversationModel):
         self.head = nn.Linear(c.dense, c.classes)
 
     def forward(self, batch: ConversationBatch) -> ModelOutput:
-        c, layout = self.config, Layout(batch.mask)
-        seen, xs = self.observed(batch, layout)
+        c, layout = self.config, Layout.of(batch)
         # of the M_m utterances at which each modality was observed
-        own = [Layout(layout.padded(s)) for s in seen]
-        xs = [self.drop(x[s], c.input_dropout) for x, s in zip(xs, seen)]  # (M_m, D_m)
+        rows, own = zip(*self.places(batch, layout))
+        xs = self.observed(batch, layout)[1]
+        xs = [self.drop(x[at], c.input_dropout) for x, at in zip(xs, rows)]  # (M_m, D_m)
         hs = by_layout(lstm, [*self.unimodal.values()], xs, own)  # (M_m, 2H)
         said = torch.cat([layout.flat(o.padded(h)) for o, h in zip(own, hs)], 1)  # (M, 2H*S)
         fused = lstm([self.fusion], [self.drop(said, c.dropout)], layout)[0]  # (M, 2H)

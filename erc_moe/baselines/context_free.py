@@ -39,7 +39,7 @@ class ContextFree(ConversationModel):
         self.head = nn.Linear(c.hidden, c.classes)
 
     def forward(self, batch: ConversationBatch) -> ModelOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         # (M, sum of D_m + 1)
         x = torch.cat(
             [

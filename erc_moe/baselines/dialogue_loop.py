@@ -9,7 +9,7 @@ __all__ = ['PADDED', 'read_dialogues']
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..ragged import Layout
+from ..ragged import Layout, upload
 from ..recurrence import _LockStepGRU, lock_step, product
 
 # %% ../../nbs/413_dialogue_context.ipynb #864a8451
@@ -68,9 +68,9 @@ class _LockStepDialogue(torch.autograd.Function):
         table = state.new_zeros(ctx.rows, H)
         # what a turn's attention gives to its past: share x d context + d score x key
         pairs = state.new_zeros(sizes[0], R, N, 2, H)
-        rank = torch.cat([torch.arange(b, device=keys.device) for b in sizes])
-        turn = torch.arange(N, device=keys.device).repeat_interleave(
-            torch.tensor(sizes, device=keys.device))
+        rank = torch.cat([torch.arange(b) for b in sizes])
+        turn = torch.arange(N).repeat_interleave(torch.tensor(sizes))
+        rank, turn = upload(torch.stack([rank, turn]), keys.device)
         pairs[rank, :, turn, 1] = keys
         # (B*R, N, N, 2): of the earlier turn, by the later one
         pairs, weights = pairs.flatten(0, 1), torch.stack([shares.mT, torch.zeros_like(shares)], 3)
@@ -117,25 +117,28 @@ PADDED = 2**22    # weights B*N*N that training keeps at most, before it reads b
 
 def _apart(nets, xs, speakers, layout, backwards, most):
     "Conversations of at most so many turns, then the others; told in the order of the batch."
-    short = layout.mask.sum(1) <= most  # (B,)
-    rows = [part[layout.conversation].nonzero()[:, 0] for part in (short, ~short)]
-    told = [
-        read_dialogues(
-            nets, [x[at] for x in xs], speakers[at], Layout(layout.mask[part]), backwards)
-        for part, at in zip((short, ~short), rows)]
-    order = torch.cat(rows).argsort()
+    host, device = layout.host, layout.mask.device
+    short, speakers = host.mask.sum(1) <= most, speakers.to(host.mask.device)  # (B,), (M,)
+    rows = [part[host.conversation].nonzero()[:, 0] for part in (short, ~short)]
+    told = []
+    for part, at in zip((short, ~short), rows):
+        there, own = upload(at, device), Layout(host.mask[part], device)
+        told.append(
+            read_dialogues(nets, [x[there] for x in xs], speakers[at], own, backwards))
+    order = upload(torch.cat(rows).argsort(), device)
     return [tuple(torch.cat(halves)[order] for halves in zip(*net)) for net in zip(*told)]
 
 # %% ../../nbs/413_dialogue_context.ipynb #1f6009e7
 def read_dialogues(
     nets: list[nn.Module],    # R `DialogueRecurrence` of the same sizes
     xs: list[Tensor],         # the utterances (M, D) of each
-    speakers: Tensor,         # int64 (M,), numbered from 0 within each conversation
+    # int64 (M,), numbered from 0 within each conversation; best on the CPU
+    speakers: Tensor,
     layout: Layout,
     backwards: list[bool],    # of each: True: from each conversation's end
 ) -> list[tuple[Tensor, Tensor]]:    # of each: emotion states (M, E), the speakers' states (M, P)
     "Every DialogueRNN recurrence over its own utterances, in one time loop."
-    sizes = layout.position.bincount().tolist()  # conversations that have a turn 0, 1, ...
+    sizes = layout.sizes  # conversations that have a turn 0, 1, ...
     half, weights = len(sizes)//2, sizes[0]*len(sizes)**2
     if torch.is_grad_enabled() and weights > PADDED and sizes[half] < sizes[0]:
         return _apart(nets, xs, speakers, layout, backwards, half)
@@ -146,7 +149,9 @@ def read_dialogues(
         layout.steps(layout.length - 1 - layout.position if back else layout.position)
         for back in backwards])  # (R, M)
     parties = int(speakers.max()) + 1
-    rank = torch.cat([torch.arange(b) for b in sizes]).to(order.device)  # (M,) of the conversation
+    # (M,) of the conversation
+    rank = upload(torch.cat([torch.arange(b) for b in sizes]), order.device)
+    speakers = upload(speakers, order.device)
     # (R, M) where the table has the global state; the speakers' follow
     place = (torch.arange(R, device=rank.device)[:, None]*sizes[0] + rank)*(1 + parties)
     place = torch.cat([place, place + 1 + speakers[order]])  # (2R, M)

@@ -57,7 +57,8 @@ class DialogueRecurrence(nn.Module):
 
     def forward(self,
         x: Tensor,                             # (M, D)
-        speakers: Tensor,  # int64 (M,), numbered from 0 within each conversation
+        # int64 (M,), numbered from 0 within each conversation; best on the CPU
+        speakers: Tensor,
         layout: Layout,
         backwards: bool = False,               # True: from each conversation's end
     ) -> tuple[Tensor, Tensor]:    # emotion states (M, E); the speakers' party states (M, P)
@@ -89,11 +90,12 @@ class DialogueRnn(ConversationModel):
         self.head = nn.Linear(c.dense, c.classes)
 
     def forward(self, batch: ConversationBatch) -> DialogueRnnOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         x = self.drop(torch.cat(self.observed(batch, layout)[1], 1), c.input_dropout)  # (M, D)
         nets = [*self.directions]
         told = read_dialogues(
-            nets, [x]*len(nets), layout.flat(batch.speakers), layout, [False, True][:len(nets)])
+            nets, [x]*len(nets), layout.host.flat(batch.host.speakers), layout,
+            [False, True][:len(nets)])
         # (M, E or 2E), (M, P or 2P)
         emotion, party = (torch.cat(states, 1) for states in zip(*told))
         dense = F.relu(self.dense(self.drop(emotion, c.dropout)))

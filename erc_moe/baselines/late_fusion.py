@@ -62,7 +62,7 @@ class LateFusion(ConversationModel):
             for m, d in c.widths.items()})
 
     def forward(self, batch: ConversationBatch) -> ModelOutput:
-        c, layout, nets = self.config, Layout(batch.mask), [*self.context.values()]
+        c, layout, nets = self.config, Layout.of(batch), [*self.context.values()]
         seen, xs = self.observed(batch, layout)
         contexts = add_context(nets, [self.drop(x, c.input_dropout) for x in xs], layout)
         said = torch.stack([net.classify(h) for net, h in zip(nets, contexts)], 1)  # (M, E, C)
@@ -72,7 +72,7 @@ class LateFusion(ConversationModel):
     def loss(self, output: ModelOutput, batch: ConversationBatch) -> LossParts:
         """A focal loss per expert, over the labelled utterances at which its modality was
         observed; none for the mean."""
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         labels, experts = layout.flat(batch.labels), output.experts
         return LossParts({
             m: weighted_loss(

@@ -89,7 +89,7 @@ class Sdt(ConversationModel):
             (MultimodalFusion(c.width), nn.Linear(c.width, c.classes)) if several else (None, None))
 
     def forward(self, batch: ConversationBatch) -> SdtOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)  # (S, M)
         # (S, M, d)
         x = torch.stack([
@@ -110,22 +110,20 @@ class Sdt(ConversationModel):
     def loss(self, output: SdtOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy of the teacher and of each student, and the students' divergence from
         the teacher; a student learns where its modality was observed."""
-        c, mask = self.config, batch.mask
-        seen = self.presence(batch, Layout(mask))  # (S, M)
-        learned = {m: batch.labels[mask].where(s, -1) for m, s in zip(c.widths, seen)}  # (M,) each
+        c, layout = self.config, Layout.of(batch)
+        teacher, labels = layout.flat(output.logits), layout.flat(batch.labels)  # (M, C), (M,)
+        seen = self.presence(batch, layout)  # (S, M)
+        learned = {m: labels.where(s, -1) for m, s in zip(c.widths, seen)}  # (M,) each
         if not output.experts:
             return LossParts({
-                m: weighted_loss(output.logits[mask], y, c.class_weights)
-                for m, y in learned.items()})
-        teacher, parts = (
-            output.logits[mask],
-            {"task": weighted_loss(output.logits[mask], batch.labels[mask], c.class_weights)})
+                m: weighted_loss(teacher, y, c.class_weights) for m, y in learned.items()})
+        parts = {"task": weighted_loss(teacher, labels, c.class_weights)}
         soft = lambda logits: (
             (logits if logits.dtype == torch.float64 else logits.float())
             .div(c.temperature)
             .log_softmax(-1))
         for m, y in learned.items():
-            student, known = output.experts[m][mask], y >= 0
+            student, known = layout.flat(output.experts[m]), y >= 0
             parts[m] = c.student_weight*weighted_loss(student, y, c.class_weights)
             # (M,)
             divergence = F.kl_div(

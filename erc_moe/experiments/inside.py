@@ -13,7 +13,8 @@ from torch import nn
 from ..conversations import Conversation
 from ..corpora.core import Corpus
 from .ledger import as_characters, as_text
-from ..training.loop import ConversationTensors, Scores, score
+from ..training.batches import ConversationTensors
+from ..training.loop import Scores, score
 
 # %% ../../nbs/847_inside.ipynb #328d04ed
 # the probabilities that a detailed record knows

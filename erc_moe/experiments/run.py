@@ -29,7 +29,7 @@ from .ledger import Ledger, as_characters, code_hash
 from ..features import FeaturePipeline
 from ..files import clear_partials, locked
 from ..models import find_model, register
-from ..training.loop import ConversationTensors, dataset, epoch_seed, fit, load_trained, score
+from ..training.loop import dataset, epoch_seed, fit, load_trained, score
 from ..training.refit import refit_epochs
 from ..training.results import provenance
 from ..training.runs import configure

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .focal import reduce_loss
+from ..ragged import Layout, upload
 
 # %% ../../nbs/111_contrastive_loss.ipynb #0fbae11f
 BLOCK_ROWS = 512   # anchors (with padding) computed at once
@@ -31,24 +32,24 @@ def _anchor_losses(
     temperature: float,
 ) -> Tensor:              # (R,), 0 for an anchor without positives
     "Equation 14, one term per anchor, for the conversations of one block."
-    # (B, A)
-    real = torch.arange(sizes[-1], device=z.device) < torch.tensor(sizes, device=z.device)[:, None]
-    # (B, A, D), (B, A)
-    padded, y = z.new_zeros(*real.shape, z.shape[-1]), labels.new_full(real.shape, -1)
-    padded[real], y[real] = z, labels
+    block = Layout(torch.arange(sizes[-1]) < torch.tensor(sizes)[:, None], z.device)
+    # (B, A), (B, A, D), (B, A)
+    real, padded, y = block.mask, block.padded(z), block.padded(labels + 1)
     similarity = torch.einsum("bad,bqd->baq", padded, padded) / temperature  # (B, A, A)
     other = real[:, None, :] & ~torch.eye(sizes[-1], dtype=torch.bool, device=z.device)  # (B, A, A)
     positive = other & (y[:, :, None] == y[:, None, :])  # (B, A, A)
     partition = similarity.masked_fill(~other, torch.finfo(z.dtype).min).logsumexp(-1)  # (B, A)
     positives = positive.sum(-1)  # (B, A)
     attraction = (similarity * positive).sum(-1) / positives.clamp_min(1)  # (B, A)
-    return (partition - attraction).where(positives > 0, 0)[real]
+    return block.flat((partition - attraction).where(positives > 0, 0))
 
 # %% ../../nbs/111_contrastive_loss.ipynb #440a08f4
 def contrastive_loss(
     speech: Tensor,                # (M, D) multimodal representation from speech, M real utterances
     text: Tensor,                  # (M, D) multimodal representation from text
-    labels: Tensor,                # int64 (M,): class index, -1: unlabelled, takes no part
+    # int64 (M,): class index, -1: unlabelled, takes no part; like the next and `present` best on
+    # the CPU, where it is not waited for
+    labels: Tensor,
     conversation: Tensor,  # int64 (M,): index of the conversation the utterance belongs to, from 0
     temperature: float = 1.,       # tau > 0: 1 for IEMOCAP and MOSI, 0.05 for MELD
     # "sum" over anchors (the paper) or "mean" over anchors (the released code)
@@ -63,13 +64,14 @@ def contrastive_loss(
     # (2M,)
     anchor = torch.cat(
         [anchor, anchor] if present is None else [anchor & present[:, 0], anchor & present[:, 1]])
-    z = torch.cat([speech, text])[anchor]                                                  # (A, D)
-    # (A, D), eq. 13
-    z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1, eps=1e-6)
-    owner, labels = conversation.repeat(2)[anchor], labels.repeat(2)[anchor]  # (A,), (A,)
+    owner = conversation.repeat(2)[anchor]  # (A,)
     sizes, by_size = owner.bincount().sort(stable=True)  # anchors per conversation
     order = by_size.argsort()[owner].argsort(stable=True)  # (A,) small conversations first
-    z, labels = z[order], labels[order]
+    rows = anchor.nonzero()[order, 0]  # (A,)
+    labels = upload(labels.repeat(2)[rows], speech.device)  # (A,)
+    z = torch.cat([speech, text])[upload(rows, speech.device)]  # (A, D)
+    # (A, D), eq. 13
+    z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1, eps=1e-6)
     runs = _blocks([size for size in sizes.tolist() if size])
     rows = [sum(run) for run in runs]
     with torch.autocast(z.device.type, enabled=False):  # tau magnifies bfloat16's error

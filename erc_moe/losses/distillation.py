@@ -26,4 +26,4 @@ def distillation_loss(
     known = teacher.detach().to(logits.dtype).clamp_min(tiny).log()/temperature     # (M, C)
     soft, said = known.log_softmax(-1), (logits/temperature).log_softmax(-1)
     losses = temperature**2*F.kl_div(said, soft, reduction="none", log_target=True).sum(-1)  # (M,)
-    return reduce_loss(losses, reduction, losses.new_tensor(len(losses)))
+    return reduce_loss(losses, reduction, torch.tensor(len(losses)))

@@ -129,7 +129,7 @@ class MisterE(ConversationModel):
     def read(self, batch: ConversationBatch) -> tuple[Layout, dict, dict, dict]:
         """The layout, and per modality: where it was observed (B, N), its embeddings (M, D_m),
         the same in context (M, 2*hidden)."""
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)
         xs = {m: self.drop(x, c.input_dropout) for m, x in zip(c.widths, xs)}
         contexts = add_context([*self.context.values()], [*xs.values()], layout)
@@ -143,7 +143,7 @@ class MisterE(ConversationModel):
 
     def loss(self, output: MisterEOutput, batch: ConversationBatch) -> LossParts:
         "Equation 18, term by term; an expert learns nothing at utterances that lack its modality."
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         labels, seen = layout.flat(batch.labels), self.presence(batch, layout)  # (M,), (S, M)
         focal = lambda logits, labels: focal_loss(layout.flat(logits), labels, c.gamma, c.reduction)
         if self.fusion is None:
@@ -154,7 +154,7 @@ class MisterE(ConversationModel):
             for m, s in zip(c.widths, seen)}
         parts["multimodal"] = c.expert_weight * focal(output.experts["multimodal"], labels)
         parts["mixture"] = focal(output.logits, labels)
-        parts["contrastive"] = self.contrast(output, labels, seen, layout)
+        parts["contrastive"] = self.contrast(output, batch, layout)
         *unimodal, fused = (layout.flat(x) for x in output.experts.values())
         share, reduction = 1, c.reduction
         if c.consistency_reduction == "conversations":
@@ -164,11 +164,11 @@ class MisterE(ConversationModel):
         return LossParts(parts)
 
     def contrast(self,
-        output: MisterEOutput, labels: Tensor, seen: Tensor, layout: Layout
+        output: MisterEOutput, batch: ConversationBatch, layout: Layout
     ) -> Tensor:    # ()
         "The contrastive term (eqs 13-14) of the fusion network's streams."
-        c = self.config
+        c, host = self.config, layout.host
         return c.contrastive_weight * contrastive_loss(
-            *output.representations, labels,
-            layout.conversation * (c.contrast == "conversation"), c.temperature, c.reduction,
-            seen.T)
+            *output.representations, host.flat(batch.host.labels),
+            host.conversation * (c.contrast == "conversation"), c.temperature, c.reduction,
+            self.presence(batch.host, host).T)

@@ -31,13 +31,12 @@ class _OneStream(MisterE):
 
     def loss(self, output: MisterEOutput, batch: ConversationBatch) -> LossParts:
         "The focal loss of the answer and the contrastive term."
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         if self.fusion is None: return super().loss(output, batch)
-        labels, seen = layout.flat(batch.labels), self.presence(batch, layout)  # (M,), (S, M)
         return LossParts({
             "classification": focal_loss(
-                layout.flat(output.logits), labels, c.gamma, c.reduction),
-            "contrastive": self.contrast(output, labels, seen, layout)})
+                layout.flat(output.logits), layout.flat(batch.labels), c.gamma, c.reduction),
+            "contrastive": self.contrast(output, batch, layout)})
 
 # %% ../../nbs/204_one_stream.ipynb #1a85f69e
 @dataclass

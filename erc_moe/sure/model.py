@@ -87,12 +87,12 @@ class Sure(ConversationModel):
         self.head = nn.Linear(len(c.widths)*c.width, c.classes)
 
     def forward(self, batch: ConversationBatch) -> SureOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)
         seen = {m: layout.padded(s) for m, s in zip(c.widths, seen)}  # (B, N) each
-        own = {m: Layout(s) for m, s in seen.items()}
+        rows, own = (dict(zip(c.widths, told)) for told in zip(*self.places(batch, layout)))
         xs = {
-            m: self.inputs[m](self.drop(x[layout.flat(seen[m])], c.input_dropout))  # (M_m, d)
+            m: self.inputs[m](self.drop(x[rows[m]], c.input_dropout))  # (M_m, d)
             for m, x in zip(c.widths, xs)}
         routed, attention = {}, {}
         if c.moe:

@@ -23,7 +23,7 @@ def _read_long(
     causal: bool = False,
 ) -> Tensor:              # (M, D)
     "What attention brings, conversation by conversation, without a map of all pairs."
-    sizes = [n for n in layout.mask.sum(1).tolist() if n]
+    sizes = [n for n in layout.lengths if n]
     if not sizes: return questions
     # (1, 1, n, D) each
     parts = (x[None, None].split(sizes, 2) for x in (questions, keys.to(questions)))

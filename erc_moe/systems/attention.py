@@ -27,10 +27,11 @@ def attend(
     "Scaled dot-product attention within each conversation."
     (E, M, D), (B, N) = q.shape, layout.mask.shape
     if B*N*N > PAIRS and B > 1:
-        sizes = [n for n in layout.mask.sum(1).tolist() if n]
+        sizes = [n for n in layout.lengths if n]
         parts = zip(sizes, *(x.split(sizes, 1) for x in (q, k, v, seen)))
         return torch.cat([
-            attend(*x, Layout(layout.mask.new_ones(1, n)), heads, causal) for n, *x in parts], 1)
+            attend(*x, Layout(torch.ones(1, n, dtype=torch.bool), q.device), heads, causal)
+            for n, *x in parts], 1)
     place = lambda x: x.new_zeros(E, B*N, *x.shape[2:]).index_copy_(1, layout.index, x)
     # (E*B, heads, N, D/heads)
     split = lambda x: place(x).view(E*B, N, heads, -1).transpose(1, 2)

@@ -169,11 +169,10 @@ class BroadMamba(ConversationModel):
         self.head = nn.Linear(c.width, c.classes)
 
     def forward(self, batch: ConversationBatch) -> BroadMambaOutput:
-        c, layout, told = self.config, Layout(batch.mask), []
+        c, layout, told = self.config, Layout.of(batch), []
         seen, xs = self.observed(batch, layout)                                 # (S, M)
-        for net, s, x in zip(self.blocks.values(), seen, xs):
-            own = Layout(layout.padded(s))
-            told.append(layout.flat(own.padded(net(self.drop(x[s], c.input_dropout), own))))
+        for net, x, (rows, own) in zip(self.blocks.values(), xs, self.places(batch, layout)):
+            told.append(layout.flat(own.padded(net(self.drop(x[rows], c.input_dropout), own))))
         g = self.drop(torch.stack(told), c.dropout)                             # (S, M, D)
         said = [net(x) for net, x in zip(self.students.values(), g)]            # (M, C) each
         sure = seen * (torch.stack(said).softmax(2).amax(2) if said else 1.)    # (S, M)
@@ -186,7 +185,7 @@ class BroadMamba(ConversationModel):
 
     def loss(self, output: BroadMambaOutput, batch: ConversationBatch) -> LossParts:
         "Cross-entropy of the whole and of each modality where it was observed."
-        c, layout, parts = self.config, Layout(batch.mask), super().loss(output, batch).parts
+        c, layout, parts = self.config, Layout.of(batch), super().loss(output, batch).parts
         labels = layout.flat(batch.labels)                                      # (M,)
         for (m, y), s in zip(output.experts.items(), self.presence(batch, layout)):
             parts[m] = c.expert_weight * weighted_loss(

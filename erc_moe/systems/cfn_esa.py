@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..base import ConversationModel, ModelConfig, ModelOutput
 from ..conversations import ConversationBatch
 from ..losses import LossParts
-from ..ragged import Layout, dropout, stacked_linear
+from ..ragged import Layout, dropout, stacked_linear, upload
 from ..recurrence import bigru
 from .attention import attend
 
@@ -113,9 +113,10 @@ class HubLayer(nn.Module):
         if self.ask:
             (q_w, kv_w), (q_b, kv_b) = (
                 p.split([d, 2*d], 2) for p in (self.cross_in_weight, self.cross_in_bias))
-            q = torch.baddbmm(q_b, s[self.ask], q_w)                             # (E, M, d)
-            k, v = torch.baddbmm(kv_b, s[self.asked], kv_w).chunk(2, 2)
-            heard = hear(q, k, v, seen[self.asked])                              # (E, M, d)
+            ask, asked = upload(torch.tensor([self.ask, self.asked]), x.device)
+            q = torch.baddbmm(q_b, s[ask], q_w)                                  # (E, M, d)
+            k, v = torch.baddbmm(kv_b, s[asked], kv_w).chunk(2, 2)
+            heard = hear(q, k, v, seen[asked])                                   # (E, M, d)
             heard = torch.baddbmm(self.cross_out_bias, heard, self.cross_out_weight)
             hub, others = heard.split(len(x) - 1)
             hub = self.join(drop(hub).transpose(0, 1).flatten(1)).relu()         # (M, d)
@@ -156,13 +157,16 @@ class EmotionShift(nn.Module):
     def loss(self,
         f: Tensor,               # (K, d) utterances with a label
         again: Tensor,           # (K, d) the same from another pass
-        labels: Tensor,          # int64 (K,)
+        labels: Tensor,          # int64 (K,), as the next best on the CPU
         conversation: Tensor,    # int64 (K,), in increasing order
     ) -> Tensor:                 # ()
         "Cross-entropy, a mean over all ordered pairs within a conversation."
         size = conversation.bincount()                              # (B,)
         begin = size.cumsum(0) - size                               # (B,) row of its first
         ends = size[conversation].cumsum(0)                         # (K,) pairs up to this row
+        pairs = int(ends[-1]) if len(ends) else 0
+        size, begin, ends, labels, conversation = (
+            upload(x, f.device) for x in (size, begin, ends, labels, conversation))
         sides, total = self.sides(f, again), f.new_zeros(())
         def some(first, second, p):                                 # p (P,) numbers of pairs
             i = torch.searchsorted(ends, p, right=True)
@@ -170,7 +174,6 @@ class EmotionShift(nn.Module):
             logits = self(first, second, i, j)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             return F.cross_entropy(logits, (labels[i] != labels[j]).long(), reduction="sum")
-        pairs = int(ends[-1]) if len(ends) else 0
         for p in torch.arange(pairs, device=f.device).split(BLOCK):
             total = total + (
                 some(*sides, p) if pairs <= BLOCK
@@ -214,12 +217,15 @@ class CfnEsa(ConversationModel):
         return self.drop(self.join(joined).relu(), self.config.dropout)
 
     def forward(self, batch: ConversationBatch) -> CfnEsaOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)                                     # (S, M)
         x = torch.stack([
             net(self.drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
-        turns = Layout(torch.cat([layout.padded(s) for s in seen]))                 # S*B conv.
-        read = x[seen]                                                              # (R, d)
+        host = layout.host
+        there = torch.stack([host.padded(s) for s in self.presence(batch.host, host)])
+        turns = Layout(there.flatten(0, 1), x.device)                               # S*B conv.
+        read = torch.stack([layout.padded(y) for y in x])                           # (S, B, N, d)
+        read = turns.flat(read.flatten(0, 1))                                       # (R, d)
         if len(read):
             for block in self.recurrent: read = block(read, turns)
         x = torch.zeros_like(x).masked_scatter(seen[..., None], read)               # (S, M, d)
@@ -229,10 +235,12 @@ class CfnEsa(ConversationModel):
 
     def loss(self, output: CfnEsaOutput, batch: ConversationBatch) -> LossParts:
         "Cross-entropy over the labelled utterances and, of all their pairs, over the shifts."
-        parts, layout = super().loss(output, batch).parts, Layout(batch.mask)
+        parts, layout = super().loss(output, batch).parts, Layout.of(batch)
         if self.shift is None: return LossParts(parts)
-        labels = layout.flat(batch.labels)                                          # (M,)
-        known = labels >= 0
+        labels = layout.host.flat(batch.host.labels)                                # (M,)
+        known = (labels >= 0).nonzero()[:, 0]                                       # (K,)
+        rows = upload(known, batch.mask.device)
         parts["shift"] = self.config.shift_weight * self.shift.loss(
-            output.fused[known], output.again[known], labels[known], layout.conversation[known])
+            output.fused[rows], output.again[rows], labels[known],
+            layout.host.conversation[known])
         return LossParts(parts)

@@ -170,7 +170,7 @@ class Cogmen(ConversationModel):
         self.head = nn.Linear(D, c.classes)
 
     def forward(self, batch: ConversationBatch) -> CogmenOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         drop = lambda x: self.drop(x, c.dropout)
         x = torch.cat(self.observed(batch, layout)[1], 1)                            # (M, sum D_m)
         x = self.input(self.drop(x, c.input_dropout))                                # (M, D)

@@ -16,7 +16,7 @@ from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..conversations import ConversationBatch
 from ..losses import LossParts, contrastive_loss
 from ..losses.focal import reduce_loss
-from ..ragged import Layout, stacked_linear
+from ..ragged import Layout, stacked_linear, upload
 from ..sure.transformer import positions
 from .attention import PAIRS, attend
 
@@ -64,20 +64,22 @@ class Disentanglement(nn.Module):
     def losses(self,
         p: Tensor,             # (S, M, D) of the modality
         u: Tensor,             # (S, M, D) of the utterance
-        seen: Tensor,          # bool (S, M)
+        seen: Tensor,          # bool (S, M), best on the CPU
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:   # () each
         "Both contrasts: a mean over what was observed, and one over pairs of modalities."
         with torch.autocast(p.device.type, enabled=False):    # tau magnifies bfloat16's error
             exact = p if p.dtype == torch.float64 else p.float()
-            unit = F.normalize(exact[seen], dim=1)                                # (R, D)
+            rows = upload(seen.flatten().nonzero()[:, 0], p.device)               # (R,)
+            unit = F.normalize(exact.flatten(0, 1)[rows], dim=1)                  # (R, D)
             near = unit @ F.normalize(self.prototypes, dim=1).T / self.temperature   # (R, S)
-            stream = seen.nonzero()[:, 0]                                         # (R,)
+            stream = rows // seen.shape[1]                                        # (R,)
             modality = reduce_loss(
                 F.cross_entropy(near, stream, reduction="none"), "mean", seen.sum())
+        host = layout.host
         pairs = [
             contrastive_loss(
-                u[m], u[n], layout.position, layout.conversation, self.temperature, "mean",
+                u[m], u[n], host.position, host.conversation, self.temperature, "mean",
                 torch.stack([seen[m], seen[n]], 1))
             for m, n in combinations(range(len(u)), 2)]
         return modality, torch.stack(pairs).mean()
@@ -103,19 +105,21 @@ class ContributionFusion(nn.Module):
 def contribution_alignment(
     shares: Tensor,     # (S, M)
     logits: Tensor,     # (S, M, C) of each modality's classifier
-    labels: Tensor,     # int64 (M,), -1: unlabelled
+    labels: Tensor,     # int64 (M,), -1: unlabelled; as the next best on the CPU
     seen: Tensor,       # bool (S, M)
 ) -> Tensor:            # ()
     """KL(t || w) of section 2 above, a mean over labelled utterances with two modalities or
     more; it teaches the shares and not the classifiers."""
-    known = (labels >= 0) & (seen.sum(0) > 1)                                     # (M,)
+    known, device = (labels >= 0) & (seen.sum(0) > 1), shares.device              # (M,)
+    rows, count = upload(known.nonzero()[:, 0], device), known.sum()              # (K,), ()
+    labels, seen = upload(labels, device), upload(seen, device)
     logits = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
     target = labels.clamp(min=0).expand(len(seen), -1)[..., None]                 # (S, M, 1)
     belief = logits.log_softmax(2).gather(2, target)[..., 0]                      # (S, M)
-    told = belief.masked_fill(~seen, -torch.inf)[:, known].softmax(0)             # (S, K)
-    w = shares.to(told).where(seen, 1)[:, known].clamp_min(torch.finfo(told.dtype).tiny)
+    told = belief.masked_fill(~seen, -torch.inf)[:, rows].softmax(0)              # (S, K)
+    w = shares.to(told).where(seen, 1)[:, rows].clamp_min(torch.finfo(told.dtype).tiny)
     loss = torch.special.xlogy(told, told) - told*w.log()                         # (S, K)
-    return reduce_loss(loss.sum(0), "mean", known.sum())
+    return reduce_loss(loss.sum(0), "mean", count)
 
 # %% ../../nbs/423_df_erc.ipynb #bc4f4582
 class ContextRefusion(nn.Module):
@@ -151,9 +155,9 @@ def context_alignment(
     evenly over those of its emotion, itself among them."""
     (B, N), D = layout.mask.shape, q.shape[1]
     if B*N*N > PAIRS and B > 1:
-        sizes = [n for n in layout.mask.sum(1).tolist() if n]
+        sizes = [n for n in layout.lengths if n]
         return torch.cat([
-            context_alignment(*x, Layout(layout.mask.new_ones(1, n)), causal)
+            context_alignment(*x, Layout(torch.ones(1, n, dtype=torch.bool), q.device), causal)
             for n, *x in zip(sizes, *(x.split(sizes) for x in (q, k, labels)))])
     with torch.autocast(q.device.type, enabled=False):
         exact = lambda x: layout.padded(x if x.dtype == torch.float64 else x.float())
@@ -196,7 +200,7 @@ class DfErc(ConversationModel):
         self.head = nn.Linear(c.width, c.classes)
 
     def forward(self, batch: ConversationBatch) -> DfErcOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)                                   # (S, M)
         e = torch.stack([
             net(self.drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
@@ -215,7 +219,7 @@ class DfErc(ConversationModel):
 
     def loss(self, output: DfErcOutput, batch: ConversationBatch) -> LossParts:
         "Cross-entropy of the whole and of the modalities, contrasts, alignments."
-        c, layout, parts = self.config, Layout(batch.mask), super().loss(output, batch).parts
+        c, layout, parts = self.config, Layout.of(batch), super().loss(output, batch).parts
         seen, labels = self.presence(batch, layout), layout.flat(batch.labels)    # (S, M), (M,)
         parts["context"] = c.alignment_weight * reduce_loss(
             context_alignment(*output.asked, labels, layout, c.causal), "mean", (labels >= 0).sum())
@@ -224,8 +228,9 @@ class DfErc(ConversationModel):
         shares = torch.stack([layout.flat(w) for w in output.shares.values()])    # (S, M)
         for m, y, s in zip(output.experts, said, seen):
             parts[m] = weighted_loss(y, labels.where(s, -1), c.class_weights)
+        known, there = layout.host.flat(batch.host.labels), self.presence(batch.host, layout.host)
         parts["contribution"] = c.alignment_weight * contribution_alignment(
-            shares, said, labels, seen)
+            shares, said, known, there)
         parts["modality"], parts["utterance"] = (
-            c.contrast_weight * x for x in self.apart.losses(*output.spaces, seen, layout))
+            c.contrast_weight * x for x in self.apart.losses(*output.spaces, there, layout))
         return LossParts(parts)

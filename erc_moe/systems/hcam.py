@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts, contrastive_loss
-from ..ragged import Layout
+from ..ragged import Layout, upload
 from ..recurrence import bigru
 from .attention import TurnAttention
 
@@ -81,7 +81,7 @@ class Hcam(ConversationModel):
              nn.Linear(width, c.classes)) if self.pairs else (None, None, None))
 
     def forward(self, batch: ConversationBatch) -> HcamOutput:
-        c, layout, drop = self.config, Layout(batch.mask), self.drop
+        c, layout, drop = self.config, Layout.of(batch), self.drop
         seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs, grus = [drop(x, c.input_dropout) for x in xs], [*self.context.values()]
         h = torch.stack(bigru(grus, xs, layout))  # (S, M, 2H)
@@ -90,7 +90,7 @@ class Hcam(ConversationModel):
         said = [net(drop(x, c.dropout)) for net, x in zip(self.stage2.values(), context)]
         if not self.pairs: return HcamOutput(layout.padded(said[0]))
         if c.staged: context = context.detach()
-        ask, asked = (list(side) for side in zip(*self.pairs))
+        ask, asked = upload(torch.tensor(self.pairs).T, context.device)
         heard = self.co(context[ask], context[asked], seen[asked], layout)  # (P, M, 2H)
         fused = self.join(drop(heard, c.dropout).transpose(0, 1).flatten(1))  # (M, 2H)
         logits = self.stage3(drop(F.relu(fused), c.dropout))  # (M, C)
@@ -100,13 +100,15 @@ class Hcam(ConversationModel):
     def loss(self, output: HcamOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy of both stages and the contrast of the labelled utterances; a modality's
         classifier learns where it was observed."""
-        c, mask, labels = self.config, batch.mask, batch.labels[batch.mask]  # (M,)
+        c, layout = self.config, Layout.of(batch)
+        labels = layout.flat(batch.labels)  # (M,)
         said = output.experts or {m: output.logits for m in c.widths}
         parts = {
-            m: weighted_loss(y[mask], labels.where(seen, -1), c.class_weights)
-            for (m, y), seen in zip(said.items(), self.presence(batch, Layout(mask)))}
+            m: weighted_loss(layout.flat(y), labels.where(seen, -1), c.class_weights)
+            for (m, y), seen in zip(said.items(), self.presence(batch, layout))}
         if output.fused is None: return LossParts(parts)
-        parts["task"] = weighted_loss(output.logits[mask], labels, c.class_weights)
+        parts["task"] = weighted_loss(layout.flat(output.logits), labels, c.class_weights)
+        labels = layout.host.flat(batch.host.labels)
         # one view of every utterance, and the batch as one conversation
         one, none = torch.ones_like(labels, dtype=torch.bool), torch.zeros_like(labels)
         parts["contrastive"] = c.contrastive_weight * contrastive_loss(

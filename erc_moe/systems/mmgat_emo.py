@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts
-from ..ragged import Layout, stacked_linear
+from ..ragged import Layout, stacked_linear, upload
 from ..recurrence import lstm
 from .attention import attend
 from .relational_attention import (
@@ -58,29 +58,31 @@ def balance_loss(
 ) -> Tensor:         # (...), 0 where all experts have the same share
     "How far the mean gate is from even: log X less its entropy."
     mean = gate.mean(-2)
-    return torch.xlogy(mean, mean).sum(-1) + torch.tensor(gate.shape[-1]).log().to(mean)
+    return torch.xlogy(mean, mean).sum(-1) + torch.tensor(gate.shape[-1]).log().to(mean.dtype)
 
 # %% ../../nbs/416_mmgat_emo.ipynb #a3202a0e
 def predictive_loss(
     told: Tensor,      # (S, K, M, D) what each modality says of the turn k + 1 later
     z: Tensor,         # (S, M, D) the turns
-    seen: Tensor,      # bool (S, M), True: observed; may be predicted, or be taken for it
+    # bool (S, M), True: observed; may be predicted, or be taken for it; best on the CPU
+    seen: Tensor,
     layout: Layout,
 ) -> Tensor:           # (), 0 with zero gradient where no turn has an observed one after it
     "Contrastive predictive coding between the first modality and each other (MMGAT-EMO)."
     S, K, M, D = told.shape
-    later = torch.arange(M, device=z.device) + torch.arange(1, K + 1, device=z.device)[:, None]
-    inside = layout.position + later - later[:1] + 1 < layout.length  # (K, M)
-    later = later.clamp(max=M - 1)
-    total = told.sum()*0
+    later, host = torch.arange(M) + torch.arange(1, K + 1)[:, None], layout.host
+    inside = host.position + later - later[:1] + 1 < host.length  # (K, M)
+    later, observed = later.clamp(max=M - 1), upload(seen, z.device)
+    total, told = told.sum()*0, told.flatten(1, 2)  # (S, K*M, D)
     for n in range(1, S):
         for target, source, weight in ((0, n, 1.), (n, 0, 1.), (0, 0, .1), (n, n, .1)):
-            rows = inside & seen[target][later]  # (K, M) turns with something to predict
-            never = z.new_zeros(M).masked_fill_(~seen[target], -torch.inf)
-            score = torch.addmm(never, told[source][rows], z[target].T)
+            # (R,) of the K*M turns those with something to predict
+            rows = (inside & seen[target][later]).flatten().nonzero()[:, 0]
+            never = z.new_zeros(M).masked_fill_(~observed[target], -torch.inf)
+            score = torch.addmm(never, told[source][upload(rows, z.device)], z[target].T)
             lost = F.cross_entropy(score.float() if score.dtype != torch.float64 else score,
-                                   later[rows], reduction="sum")
-            total = total + weight*lost/rows.sum().clamp_min(1)
+                                   upload(later.flatten()[rows], z.device), reduction="sum")
+            total = total + weight*lost/max(1, len(rows))
     return total
 
 # %% ../../nbs/416_mmgat_emo.ipynb #b9946358
@@ -132,7 +134,7 @@ class MmgatEmo(ConversationModel):
         return {g: r.tril() if c.causal else r for g, r in told.items()}
 
     def forward(self, batch: ConversationBatch) -> MmgatEmoOutput:
-        c, layout, graphs = self.config, Layout(batch.mask), self.graphs(batch)
+        c, layout, graphs = self.config, Layout.of(batch), self.graphs(batch)
         seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs = [self.drop(x, c.input_dropout) for x in xs]
         inputs = torch.stack([F.relu(net(x)) for net, x in zip(self.inputs.values(), xs)])
@@ -159,7 +161,7 @@ class MmgatEmo(ConversationModel):
 
     def loss(self, output: MmgatEmoOutput, batch: ConversationBatch) -> LossParts:
         "The four terms; difference and CPC where there are two graphs, two modalities."
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         parts = {"task": c.task_weight * weighted_loss(
             layout.flat(output.logits), layout.flat(batch.labels), c.class_weights)}
         if self.exchange is not None:
@@ -171,6 +173,6 @@ class MmgatEmo(ConversationModel):
                 net(x).unflatten(1, (c.steps, -1)).transpose(0, 1)
                 for net, x in zip(self.predict, contexts)])  # (S, K, M, D)
             parts["predictive"] = c.predictive_weight * predictive_loss(
-                told, output.inputs, self.presence(batch, layout), layout)
+                told, output.inputs, self.presence(batch.host, layout.host), layout)
         parts["balance"] = c.balance_weight * balance_loss(output.gates).sum((1, 2)).mean()
         return LossParts(parts)

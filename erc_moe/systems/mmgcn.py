@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..conversations import ConversationBatch
 from ..losses import LossParts
-from ..ragged import Layout, dropout
+from ..ragged import Layout, dropout, upload
 from ..recurrence import bigru, packed
 
 # %% ../../nbs/420_mmgcn.ipynb #37f95ac1
@@ -100,7 +100,7 @@ class ModalityGraph:
             heard = self.blocks @ self.padded(h)                                  # (S, B, N, D)
             return self.layout.flat(heard.permute(1, 2, 0, 3)).transpose(0, 1)
         heard, begin = [], 0
-        for n in self.layout.mask.sum(1).tolist():
+        for n in self.layout.lengths:
             talk, said = self.unit[:, begin:begin + n], h[:, begin:begin + n]     # (S, n, D)
             rows = max(1, PAIRS // max(n, 1))
             for i in range(0, n, rows):
@@ -170,9 +170,10 @@ class OwnUtterances(nn.Module):
         layout: Layout,
     ) -> Tensor:             # (S, M, D), 0 where there is none
         if not seen.any(): return torch.zeros_like(x)
-        who = layout.padded(speakers)                                            # (B, N)
-        there = torch.stack([layout.padded(s) for s in seen])                    # (S, B, N)
-        parties = torch.arange(int(speakers.max()) + 1, device=x.device)[:, None]    # (P, 1)
+        host = layout.host
+        who = host.padded(speakers)                                              # (B, N)
+        there = torch.stack([host.padded(s) for s in seen])                      # (S, B, N)
+        parties = torch.arange(int(speakers.max()) + 1)[:, None]                 # (P, 1)
         own = there[:, :, None] & (who[:, None] == parties)                      # (S, B, P, N)
         m, b, _, n = own.nonzero().T                                             # (R,) each
         row = layout.padded(torch.arange(len(speakers), device=x.device))[b, n]  # (R,)
@@ -202,13 +203,13 @@ class Mmgcn(ConversationModel):
 
     def read(self,
         x: Tensor,          # (M, D) the words
-        seen: Tensor,       # bool (M,): where there are any; the LSTM takes no step elsewhere
+        rows: Tensor,       # (R,) where there are any; the LSTM takes no step elsewhere
+        own: Layout,        # of these
         layout: Layout,
     ) -> Tensor:            # (M, D)
         "The text in its context."
-        own = Layout(layout.padded(seen))
         if not len(own.index): return x
-        return layout.flat(own.padded(packed([self.reader], [x[seen]], own)[0]))
+        return layout.flat(own.padded(packed([self.reader], [x[rows]], own)[0]))
 
     def of_speakers(self,
         x: Tensor,           # (S, M, D)
@@ -218,16 +219,20 @@ class Mmgcn(ConversationModel):
     ) -> Tensor:             # (S, M, D) or (M, D)
         "What the speakers add to the nodes."
         if self.own is not None: return self.own(x, seen, speakers, layout)
-        return F.embedding(speakers.clamp(max=self.config.speakers), self.speaker)
+        who = upload(speakers.clamp(max=self.config.speakers), x.device)
+        return F.embedding(who, self.speaker)
 
     def forward(self, batch: ConversationBatch) -> ModelOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)                                     # (S, M)
         x = torch.stack([
             net(self.drop(x, c.input_dropout)) for net, x in zip(self.inputs.values(), xs)])
-        added = self.of_speakers(x, seen, layout.flat(batch.speakers), layout)
+        host = layout.host
+        added = self.of_speakers(
+            x, self.presence(batch.host, host), host.flat(batch.host.speakers), layout)
         if self.reader is not None:    # the text is the first modality
-            x = torch.cat([self.read(x[0], seen[0], layout)[None].to(x), x[1:]])
+            read = self.read(x[0], *self.places(batch, layout)[0], layout)
+            x = torch.cat([read[None].to(x), x[1:]])
         x = x + added                                                               # (S, M, D)
         h = self.graph(x, ModalityGraph(x, seen, layout, c.causal))                 # (S, M, H)
         nodes = torch.cat([x, h], 2) * seen[..., None]                              # (S, M, D + H)
@@ -236,10 +241,11 @@ class Mmgcn(ConversationModel):
 
     def loss(self, output: ModelOutput, batch: ConversationBatch) -> LossParts:
         "Cross-entropy (MMGCN) or focal loss (MM-DFN) over the labelled utterances."
-        c, mask = self.config, batch.mask
+        c, layout = self.config, Layout.of(batch)
         return LossParts({
             "classification": weighted_loss(
-                output.logits[mask], batch.labels[mask], c.class_weights, c.gamma)})
+                layout.flat(output.logits), layout.flat(batch.labels), c.class_weights,
+                c.gamma)})
 
 # %% ../../nbs/420_mmgcn.ipynb #a28585f2
 class MmDfn(Mmgcn):

@@ -15,7 +15,7 @@ from ..baselines.dialogue_loop import read_dialogues
 from ..baselines.dialogue_rnn import DialogueRecurrence
 from ..conversations import ConversationBatch
 from ..losses import LossParts
-from ..ragged import Layout, dropout, stacked_linear
+from ..ragged import Layout, dropout, stacked_linear, upload
 from .attention import TurnAttention
 from .multiemo_losses import soft_hgr_loss, swfc_loss
 
@@ -80,6 +80,7 @@ class MultiAttnLayer(nn.Module):
         layout: Layout,
     ) -> Tensor:             # (S, M, D)
         for ask, others in zip(self.asks, self.others):
+            others = upload(torch.tensor(others), f.device)
             f = ask(f, context[others], seen[others], layout)
         inner = torch.baddbmm(self.inner_bias, f, self.inner_weight).relu()  # (S, M, inner)
         outer = torch.baddbmm(self.outer_bias, inner, self.outer_weight)  # (S, M, D)
@@ -135,11 +136,11 @@ class MultiEmo(ConversationModel):
         return torch.stack([*read.values()])
 
     def forward(self, batch: ConversationBatch) -> MultiEmoOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs = {
             m: net(self.drop(x, c.input_dropout)) for (m, net), x in zip(self.inputs.items(), xs)}
-        context = self.read(xs, layout.flat(batch.speakers), layout)  # (S, M, D)
+        context = self.read(xs, layout.host.flat(batch.host.speakers), layout)  # (S, M, D)
         f = context
         for layer in self.layers: f = layer(f, context, seen, layout)
         fused = self.fuse(f.transpose(0, 1).flatten(1))  # (M, D)
@@ -148,13 +149,14 @@ class MultiEmo(ConversationModel):
     def loss(self, output: MultiEmoOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy, the focal contrast of the fused, and Soft-HGR between modalities where
         there are several."""
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         labels = layout.flat(batch.labels)  # (M,)
         parts = {
             "task": c.task_weight * weighted_loss(
                 layout.flat(output.logits), labels, c.class_weights),
             "contrastive": c.contrastive_weight * swfc_loss(
-                output.fused, labels, c.temperature, c.gamma, c.alpha)}
+                output.fused, layout.host.flat(batch.host.labels), c.temperature, c.gamma,
+                c.alpha)}
         if self.layers:
             parts["correlation"] = c.correlation_weight * soft_hgr_loss(
                 output.streams, self.presence(batch, layout))

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..losses.focal import reduce_loss
+from ..ragged import upload
 
 # %% ../../nbs/412_multiemo_losses.ipynb #2e0d5395
 def swfc_loss(
     z: Tensor,                   # (M, D) of the real utterances
-    labels: Tensor,              # int64 (M,), -1: unlabelled, takes no part
+    labels: Tensor,              # int64 (M,), -1: unlabelled, takes no part; best on the CPU
     temperature: float = .8,     # tau > 0
     gamma: float = 2.,           # >= 0; larger looks more at pairs that are far apart
     alpha: float = .8,           # >= 0; larger weighs rare classes more, 0 all alike
@@ -22,20 +23,22 @@ def swfc_loss(
     """Sample-weighted focal contrastive loss (MultiEMO, section 3.5), mean over labelled
     utterances; 0 with zero gradient where no two share a label."""
     if temperature <= 0: raise ValueError(f"the temperature is {temperature}: it must be positive")
-    known = labels >= 0
-    z, y = z[known], labels[known]  # (A, D), (A,)
+    rows = (labels >= 0).nonzero()[:, 0]  # (A,)
+    z, y, device = z[upload(rows, z.device)], labels[rows], z.device  # (A, D), (A,)
     z = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1, eps=1e-6)
     with torch.autocast(z.device.type, enabled=False):
-        myself = torch.eye(len(y), dtype=torch.bool, device=y.device)  # (A, A)
+        myself = torch.eye(len(y), dtype=torch.bool, device=device)  # (A, A)
         similarity = (z @ z.T / temperature).masked_fill(myself, torch.finfo(z.dtype).min)
         log_s = similarity.log_softmax(1) if len(y) else similarity  # (A, A)
-    positive = (y[:, None] == y) & ~myself  # (A, A)
+    of = upload(y, device)
+    positive = (of[:, None] == of) & ~myself  # (A, A)
     miss = (-log_s.masked_fill(~positive, -1.).expm1()).clamp_min(torch.finfo(z.dtype).tiny)
     pairs = (miss**gamma * log_s).masked_fill(~positive, 0.)  # (A, A), log s weighed by 1 - s
     mean = pairs.sum(1) / positive.sum(1).clamp_min(1)  # (A,)
     count = y.bincount()  # (C,)
-    weight = (len(y)/count.clamp_min(1).to(z))**alpha * (count > 0)  # (C,)
-    return reduce_loss(-mean * (weight/weight.sum().clamp_min(1e-12))[y], "mean", known.sum())
+    weight = (len(y)/count.clamp_min(1).to(z.dtype))**alpha * (count > 0)  # (C,)
+    weight = upload((weight/weight.sum().clamp_min(1e-12))[y], device)  # (A,)
+    return reduce_loss(-mean * weight, "mean", torch.tensor(len(y)))
 
 # %% ../../nbs/412_multiemo_losses.ipynb #df63ae7a
 def soft_hgr_loss(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..conversations import ConversationBatch, DataError
 from ..losses import LossParts
-from ..ragged import Layout
+from ..ragged import Layout, upload
 from ..recurrence import bigru
 from .attention import TurnAttention
 
@@ -125,7 +125,7 @@ class TelMe(ConversationModel):
             if others else (None, None, None))
 
     def forward(self, batch: ConversationBatch) -> TelMeOutput:
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         seen, xs = self.observed(batch, layout)  # (S, M), (M, D_m) each
         xs = [self.drop(x, c.input_dropout) for x in xs]
         features = torch.stack([bigru([self.teacher], [xs[0]], layout)[0]] + [
@@ -144,7 +144,7 @@ class TelMe(ConversationModel):
     def loss(self, output: TelMeOutput, batch: ConversationBatch) -> LossParts:
         """Cross-entropy of the fusion, of the teacher and of each student, and what the students
         learn from the teacher where both were observed."""
-        c, layout = self.config, Layout(batch.mask)
+        c, layout = self.config, Layout.of(batch)
         labels, seen = layout.flat(batch.labels), self.presence(batch, layout)  # (M,), (S, M)
         said = [layout.flat(y) for y in (output.experts or {"": output.logits}).values()]
         parts = {
@@ -152,9 +152,10 @@ class TelMe(ConversationModel):
             for m, y, s in zip(c.widths, said, seen)}
         if not output.experts: return LossParts(parts)
         parts["task"] = weighted_loss(layout.flat(output.logits), labels, c.class_weights)
+        seen = self.presence(batch.host, layout.host) & (layout.host.flat(batch.host.labels) >= 0)
         for i, m in enumerate(c.widths):
             if i == 0: continue
-            both = (labels >= 0) & seen[0] & seen[i]  # (M,)
+            both = upload((seen[0] & seen[i]).nonzero()[:, 0], labels.device)  # (K,)
             parts[f"{m} from teacher"] = c.distillation_weight * (
                 relation_loss(said[i][both], said[0][both], c.temperature)
                 + nearness_loss(output.features[i][both], output.features[0][both]))

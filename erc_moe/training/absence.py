@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conversations import ConversationBatch, DataError
+from ..ragged import upload
 
 # %% ../../nbs/611_modality_dropout.ipynb #20db3cff
 def drop_modality(
@@ -39,7 +40,10 @@ class ModalityDropout:
 
     def __call__(self, model: nn.Module, args: tuple[ConversationBatch]):
         batch, = args
-        if model.training: batch.present = drop_modality(batch.present, self.p)
+        if not model.training: return
+        host, device = batch.host, batch.mask.device
+        host.present = drop_modality(host.present, self.p)
+        batch.present = {m: upload(x, device) for m, x in host.present.items()}
 
     @classmethod
     def on(cls,

@@ -28,7 +28,8 @@ from ..models import find_model, parse_changes
 from .folder import (
     begin_run, check_corpus, check_seeds, corpus_settings, read_log, read_predictions,
     summarise_run, temporary_folder, train_seed)
-from .loop import SELECTION, ConversationTensors, TrainingConfig, score
+from .batches import ConversationTensors
+from .loop import SELECTION, TrainingConfig, score
 from .predictions import Predictions
 from .results import figures, gather_seeds, result_table
 from .trackers import check_tracker
