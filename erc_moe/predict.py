@@ -154,8 +154,12 @@ class Predictor:
         sources: dict[str, str]|None = None,            # modality -> store of its features
         # a clip that cannot be used: "error", or "absent"; None: as in the training
         missing: str|None = None,
+        precision: str = "fp32",                        # or "bf16"; or "auto", what the CPU has
     ) -> Predictions:
         "The predictions for every utterance. `DataError` for invalid input."
+        if precision not in PRECISIONS:
+            raise DataError(
+                f"precision is {precision!r}", f"It can be {' or '.join(PRECISIONS)}.")
         if seed is not None and seed not in self.models:
             raise DataError(
                 f"there is no seed {seed}", f"There are {', '.join(map(str, self.models))}.")
@@ -171,8 +175,11 @@ class Predictor:
         ready, more = attach(pipeline, bare, arrays, tuple(without), sources, self.optional)
         data = ConversationTensors(ready, self.labels, self.pipeline.widths)
         chosen = self.models.values() if seed is None else [self.models[seed]]
-        said = Predictions.of(conversations, self.labels, [score(m, data) for m in chosen])
-        return replace(said.calibrated(self.temperature), told=[*dict.fromkeys(told + more)])
+        precision, why = choose_precision(precision, "cpu")
+        with autocast(precision, "cpu"): scores = [score(m, data) for m in chosen]
+        said = Predictions.of(conversations, self.labels, scores)
+        told = [*dict.fromkeys(told + more + [why]*bool(why))]
+        return replace(said.calibrated(self.temperature), told=told)
 
     def save(self,
         folder: str|Path,       # made where there is none

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST', 'CORPUS', 'DATA', 'DEVICE', 'TEXT', 'SPEECH', 'VISUAL', 'FEATURES', 'PROTOCOL', 'SEEDS', 'OUT', 'SET',
-           'CHECKPOINT', 'LABEL_MAP', 'OWN_MODEL', 'MISSING', 'RUN', 'COMMANDS', 'Parser', 'seed_list', 'whole_number',
-           'seconds', 'path_name', 'setting', 'option', 'open_options', 'Command', 'command', 'add_command']
+           'PRECISION', 'CHECKPOINT', 'LABEL_MAP', 'OWN_MODEL', 'MISSING', 'RUN', 'COMMANDS', 'Parser', 'seed_list',
+           'whole_number', 'seconds', 'path_name', 'setting', 'option', 'open_options', 'Command', 'command',
+           'add_command']
 
 # %% ../../nbs/841_command_line.ipynb #94e0ce34
 import argparse, math
@@ -145,6 +146,10 @@ SET = option(
     "--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
     help="Change one field of the model's or the training's configuration; may be given "
     "several times. A wrong name lists the right ones.")
+PRECISION = option(
+    "--precision", choices=["fp32", "bf16", "auto"],
+    help="What products are computed in: fp32; bf16, mixed precision; or auto, bf16 where the "
+    "processor has it (default: fp32).")
 CHECKPOINT = option(
     "--checkpoint-seconds", type=seconds, default=30, metavar="S",
     help="The least time between two checkpoints; what a kill can cost (default: 30).")

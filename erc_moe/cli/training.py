@@ -8,8 +8,8 @@ __all__ = ['TRAIN', 'print_notes', 'print_result', 'train', 'tune', 'embed', 'ex
 # %% ../../nbs/843_training_commands.ipynb #8137851d
 from ..errors import DataError
 from .core import (
-    CHECKPOINT, CORPUS, DATA, DEVICE, FEATURES, LABEL_MAP, MISSING, OUT, PROTOCOL, SEEDS, SET,
-    SPEECH, TEXT, VISUAL,
+    CHECKPOINT, CORPUS, DATA, DEVICE, FEATURES, LABEL_MAP, MISSING, OUT, PRECISION, PROTOCOL, SEEDS,
+    SET, SPEECH, TEXT, VISUAL,
     command, open_options, option, whole_number)
 
 # %% ../../nbs/843_training_commands.ipynb #89a76caf
@@ -56,7 +56,7 @@ TRAIN = (
         "--log-with", choices=["tensorboard", "wandb"], metavar="TRACKER",
         help="Follow the training with tensorboard or wandb: losses, scores and learning rate of "
         "every epoch. Its package must be installed."),
-    CHECKPOINT, DEVICE)
+    PRECISION, CHECKPOINT, DEVICE)
 
 # %% ../../nbs/843_training_commands.ipynb #9e15560b
 @command(
@@ -78,10 +78,11 @@ def train(args):
     from erc_moe.models import find_model
     from erc_moe.training import TrainingConfig, first_process, runs
     if file: check_fields(file, find_model(args.model), args.preset, TrainingConfig())
+    changes = args.set + [f"precision={args.precision}"]*bool(args.precision)
     run = runs.train(
         args.model, args.corpus, args.data, text=args.text, speech=args.speech, visual=args.visual,
         features=args.features, preset=args.preset, protocol=args.protocol, seeds=args.seeds,
-        out=args.out, changes=args.set, device=args.device, cache=args.cache,
+        out=args.out, changes=changes, device=args.device, cache=args.cache,
         checkpoint_seconds=args.checkpoint_seconds, command=args.typed, label_map=args.label_map,
         missing=args.missing or "error", log_with=args.log_with)
     if first_process(): print_result(run.summary, run.folder)

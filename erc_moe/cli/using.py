@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 from .core import (
-    DATA, LABEL_MAP, MISSING, OWN_MODEL, RUN, command, option, whole_number)
+    DATA, LABEL_MAP, MISSING, OWN_MODEL, PRECISION, RUN, command, option, whole_number)
 from .terminal import print_emotions
 from .training import print_notes
 from ..errors import DataError
@@ -154,6 +154,7 @@ def given(args):
         for m in ("text", "speech", "visual")
     ),
     MISSING,
+    PRECISION,
     memory="Give it fewer conversations at a time.",
 )
 def predict(args):
@@ -171,7 +172,7 @@ def predict(args):
     from erc_moe import load
     predictions = load(args.model).predict(
         given(args), args.transcript, without=tuple(args.without), seed=args.seed,
-        missing=args.missing,
+        missing=args.missing, precision=args.precision or "fp32",
         sources={m: s for m in ("text", "speech", "visual") if (s := getattr(args, m))})
     print_emotions(predictions)
     # of a labelled table
