@@ -29,6 +29,7 @@ from .features.attach import attach
 from .features.pipeline import FeaturePipeline
 from .features.store import atomic_write
 from .models import find_model
+from .precision import PRECISIONS, autocast, choose_precision
 from .training.batches import ConversationTensors
 from .training.loop import score
 from .training.predictions import Predictions
