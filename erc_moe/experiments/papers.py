@@ -306,6 +306,8 @@ declare(Experiment(
         Row("SDT-style", "sdt", detail=True))))
 
 # %% ../../nbs/833_declared.ipynb #74604a3d
+def _few(*models):
+    return tuple(row for row in BASELINES if row.model in models)
 declare(Experiment(
     "protocols/table2",
     "What does the protocol make of a score?",
@@ -315,23 +317,32 @@ declare(Experiment(
         replace(
             row, name=f"{row.name}, {protocol}" if protocol else row.name, features="unseen",
             protocol=protocol)
-        for row in (*BASELINES, *_MODELS) for protocol in ("", "refit", "released"))))
+        for row in (*_few("context_free", "sdt"), *_MODELS)
+        for protocol in ("", "refit", "released"))))
 
 # %% ../../nbs/833_declared.ipynb #27de448f
-_CONTEXT = tuple(
-    row for row in (*BASELINES, *_MODELS) if row.model not in ("context_free", "dialogue_rnn"))
+def _past_only(row, **more):
+    return replace(row, changes=dict(causal=True), **more)
 declare(Experiment(
     "choices/past",
-    "What is the future worth, and how much of the past is needed?",
+    "What is the future worth?",
     "our own",
     ("iemocap", "meld"),
     reference="MiSTER-E, past only",
     rows=(
-        *_CONTEXT, Row("DialogueRNN-style", "dialogue_rnn"),
-        *(replace(row, name=f"{row.name}, past only", changes=dict(causal=True))
-          for row in _CONTEXT),
-        *(Row(f"MiSTER-E, {k} turns before", changes=dict(causal=True), past=k, at=k)
-          for k in (0, 1, 2, 4, 8)))))
+        *_few("dialogue_rnn", "sdt"), *_MODELS,
+        *(_past_only(row, name=f"{row.name}, past only") for row in (*_few("sdt"), *_MODELS)))))
+declare(Experiment(
+    "choices/window",
+    "How much of the past is needed?",
+    "our own",
+    ("iemocap",),
+    rows=tuple(
+        _past_only(row, name=f"{row.name}, {words}", past=k, at=k)
+        for row in (*_few("sdt"), Row("MiSTER-E"))
+        for k, words in (
+            (1, "1 turn before"), (2, "2 turns before"), (4, "4 turns before"),
+            (8, "8 turns before"), (None, "all turns before")))))
 
 # %% ../../nbs/833_declared.ipynb #dfadc99f
 declare(Experiment(
