@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import f1_score
 from torch.nn.functional import cross_entropy
 
-from erc_moe.conversations import Conversation, Utterance
+from erc_moe.conversations import Conversation, Utterance, collate
 from erc_moe.corpora.core import Corpus
 from erc_moe.corpora import load_corpus
 from erc_moe.experiments import Cell, reproduce
@@ -65,7 +65,6 @@ def of(conversations):
 def said(model, x):
     "Logits of single utterances: a model without context needs no conversation."
     talk = Conversation("c", [Utterance(str(i), "A", "", None) for i in range(len(x))])
-    from erc_moe.conversations import collate
     return model(collate([talk.with_features("text", x.numpy())], LABELS)).logits[0]
 
 
@@ -119,7 +118,8 @@ def test_refit_chooses_by_the_folds_and_trains_on_all_of_both_splits(corpus, set
     model = build()
     fit(model, corpus, training, protocol="refit", until=chosen, **QUIET)
     states, _ = by_hand(build, pool, epochs=chosen)
-    assert same(model, states[-1]) and not same(model, by_hand(build, corpus.splits["train"])[0][-1])
+    alone, _ = by_hand(build, corpus.splits["train"])
+    assert same(model, states[-1]) and not same(model, alone[-1])
 
 
 def test_refit_never_reads_test(corpus, setup):
