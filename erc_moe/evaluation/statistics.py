@@ -10,7 +10,6 @@ __all__ = ['over_seeds', 'conversation_counts', 'weighted_f1', 'accuracy', 'Inte
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
-from scipy.special import ndtr, ndtri
 from ..conversations import DataError
 
 # %% ../../nbs/601_statistics.ipynb #05d907c1
@@ -150,6 +149,7 @@ class Difference:
     @property
     def detectable(self) -> float:
         "The smallest true difference that four such test sets in five would tell from none."
+        from scipy.special import ndtri    # predicting needs none of it
         return (self.high - self.low) / 2 * (1 + ndtri(.8) / ndtri((1 + self.level) / 2))
 
 # %% ../../nbs/601_statistics.ipynb #6487328a
@@ -200,6 +200,7 @@ def power(
     level: float = .95,
 ) -> np.ndarray:              # (...): probability that the interval leaves out zero
     "How often a test set like this one would tell such a difference from none."
+    from scipy.special import ndtr, ndtri
     z = ndtri((1 + level) / 2)
     at = z * np.asarray(difference) / half_width
     return ndtr(at - z) + ndtr(-at - z)
