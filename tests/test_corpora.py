@@ -251,3 +251,21 @@ if __name__ == "__main__":
         key: summary(load_corpus(name, DATA, **options)) for key, (name, options) in FORMS.items()}
     (ROOT / "results" / "corpora.json").write_text(
         json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+def test_dailydialog_is_found_by_name_and_option(tmp_path):
+    "The published layout in small: three folders, a file of words and one of numbers each."
+    for split in ("train", "validation", "test"):
+        folder = tmp_path/"dailydialog"/split
+        folder.mkdir(parents=True)
+        (folder/f"dialogues_{split}.txt").write_text(
+            f"Is this {split} ? __eou__ It is ! __eou__\nWell . __eou__ Yes ? __eou__\n")
+        (folder/f"dialogues_emotion_{split}.txt").write_text("0 4 \n5 0 \n")
+    whole, felt = (
+        load_corpus(name, tmp_path) for name in ("dailydialog", "dailydialog@neutral=false"))
+    assert whole.labels == ["neutral", *felt.labels] and len(felt.labels) == 6
+    assert [c.labels for c in felt.splits["test"]] == [[None, "happiness"], ["sadness", None]]
+    assert "1 of test" in whole.faults[0]    # "Well. Yes?" is in every split
+    assert whole.split_hash != felt.split_hash
+    with pytest.raises(DataError, match="no option 'positive'"):
+        load_corpus("dailydialog@positive=false", tmp_path)

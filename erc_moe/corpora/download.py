@@ -128,5 +128,6 @@ def download_corpus(
     if name not in FILES:
         raise DataError(f"the corpus {name!r} is not openly downloadable",
                         f"{' and '.join(FILES)} are. IEMOCAP: sign https://sails.usc.edu/iemocap/; "
-                        "CMU-MOSI: http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/")
+                        "CMU-MOSI: http://multicomp.cs.cmu.edu/resources/cmu-mosi-dataset/; DailyDialog: "
+                        "http://yanran.li/dailydialog, an archive to unpack (CC BY-NC-SA 4.0).")
     return [fetch(file, folder, source) for file in FILES[name]]

@@ -34,6 +34,12 @@ CORPORA = {  # name -> what it is, its licence, what of it limits a model
         "A scripted comedy with six leading actors; annotators agreed little on several of "
         "the seven emotions",
     ),
+    "dailydialog": (
+        "DailyDialog: written conversations on daily life, in English, from websites for "
+        "learners, labelled by three annotators (Li et al. 2017)",
+        "CC BY-NC-SA 4.0",
+        "Written, not spoken; made for learners of English; 83 % of the utterances are neutral",
+    ),
     "mosi": (
         "CMU-MOSI: opinions in English online videos about films, each segment with a "
         "sentiment from -3 to 3, here positive or negative (Zadeh et al. 2016)",
