@@ -144,6 +144,8 @@ def teachers_of(
         replace(cell, changes=changes, seed=seed, teachers=0) for seed in range(cell.teachers)]
 
 # %% ../../nbs/830_experiments.ipynb #ec2df3e3
+_CLAIM = {"says", "better", "worse", "corpora", "paper", "source"}
+
 @dataclass(frozen=True, repr=False)
 class Experiment:
     "A table or figure of a paper."
@@ -156,9 +158,18 @@ class Experiment:
     seeds: int = 5
     choice: bool = False            # made on validation: its table shows no test score
     decimals: int = 1               # of the paper's numbers
+    # a claim each: "says", the names of the rows "better" and "worse"; "corpora", "paper", "source"
+    claims: tuple[dict, ...] = ()
 
     def __post_init__(self):
         names = [r.name for r in self.rows]
+        for claim in self.claims:
+            sides = {claim.get("better"), claim.get("worse")}
+            if not sides <= {*names} or not claim.get("says") or claim.keys() - _CLAIM:
+                raise DataError(
+                    f"{self.name} claims {claim}",
+                    f"A claim has says, better and worse, of the rows {', '.join(names)}; and "
+                    "corpora, paper or source.")
         if len({*names}) < len(names):
             raise DataError(f"{self.name} has two rows of one name", "Name every row once.")
         if self.reference and self.reference not in names:
@@ -279,7 +290,8 @@ def experiments_in(
             rows = tuple(Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()})
                          for r in of.pop("rows"))
             fields = dict(title="", source=path.name) | of
-            e = Experiment(**fields | dict(corpora=tuple(of["corpora"]), rows=rows))
+            e = Experiment(**fields | dict(
+                corpora=tuple(of["corpora"]), rows=rows, claims=tuple(of.get("claims") or ())))
             for row in rows:
                 if row.features not in FEATURES:
                     raise TypeError(f"row {row.name} has features {row.features}; there are "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_DIFFERENCE', 'CORPORA', 'Result', 'results', 'committed', 'difference', 'mean_difference', 'with_interval',
-           'table', 'Side', 'Claim', 'verdict', 'standing', 'check', 'styled', 'statuses']
+           'table', 'Side', 'Claim', 'claims_of', 'verdict', 'standing', 'check', 'styled', 'statuses']
 
 # %% ../../nbs/834_tables.ipynb #0510ab36
 import json, os, re
@@ -220,6 +220,18 @@ class Claim:
     worse: Side
     paper: dict = field(default_factory=dict)    # corpus -> the paper's difference, in points
     corpora: tuple[str, ...] = ("iemocap", "meld")
+
+# %% ../../nbs/834_tables.ipynb #4273fcf5
+def claims_of(
+    experiment: Experiment|str,
+) -> list[Claim]:
+    "What a declaration itself claims of its rows."
+    e = find_experiment(experiment)
+    return [
+        Claim(
+            c["says"], c.get("source", e.source), Side(e.name, c["better"]),
+            Side(e.name, c["worse"]), c.get("paper", {}), tuple(c.get("corpora", e.corpora)))
+        for c in e.claims]
 
 # %% ../../nbs/834_tables.ipynb #7e1d0a11
 NO_DIFFERENCE = "no significant difference"    # the 95 % interval includes 0
