@@ -52,7 +52,8 @@ def _dialogues(folder, split):
 
 # %% ../../nbs/516_dailydialog.ipynb #f2d11047
 def load_dailydialog(
-    data: str|Path|None = None,   # the folder that holds `dailydialog/`, or is it; None: $ERC_MOE_DATA
+    # the folder that holds `dailydialog/`, or is it; None: $ERC_MOE_DATA
+    data: str|Path|None = None,
     # False: what has no emotion is context, without a label, as where micro F1 leaves neutral out
     neutral: bool = True,
 ) -> Corpus:                      # text only: no arrays, no audio
