@@ -88,8 +88,8 @@ def option(
 # %% ../../nbs/841_command_line.ipynb #e2e476fc
 CORPUS = option(
     "--corpus", complete="file", required=True, metavar="NAME",
-    help="Which corpus: sample, meld, emorynlp, iemocap, mosi, or the path of your own CSV or "
-    "JSONL table, or a reader of your own as FILE.py:READER; options behind an @, as in "
+    help="Which corpus: sample, meld, emorynlp, iemocap, mosi, dailydialog, or the path of your own "
+    "CSV or JSONL table, or a reader of your own as FILE.py:READER; options behind an @, as in "
     "iemocap@session-3.")
 DATA = option(
     "--data", complete="folder", metavar="DIR",

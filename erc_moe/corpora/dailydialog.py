@@ -42,7 +42,8 @@ def _dialogues(folder, split):
                 "Unpack the archive again.")
         if odd := {*classes} - {*map(str, range(len(LABELS)))}:
             raise DataError(
-                f"{marks.name}, line {n} has the emotion {min(odd)!r}", "It is a number from 0 to 6.")
+                f"{marks.name}, line {n} has the emotion {min(odd)!r}",
+                "It is a number from 0 to 6.")
         rows += [
             dict(
                 split=split, conversation=f"{split}_{n:05}", id=f"{split}_{n:05}_u{i:02}",
