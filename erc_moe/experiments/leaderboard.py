@@ -11,6 +11,7 @@ import pandas as pd
 from ..evaluation.statistics import holm, resampled_scores, two_level, weighted_f1
 from .declare import find_experiment
 from .ledger import Ledger
+from .run import REFIT_FOLDS
 from .tables import Result, committed, mean_difference, results
 
 # %% ../../nbs/849_leaderboard.ipynb #b93ae57b
@@ -109,7 +110,7 @@ def estimate(
         else:
             like = np.median(seconds["mister_e", corpus])
             once = like*speed["mister_e"]/speed.get(cell.model, speed["mister_e"])
-        return once*(6 if cell.protocol == "refit" else 1)
+        return once*(1 + REFIT_FOLDS*(cell.protocol == "refit"))
     for name in ("leaderboard/strict", "leaderboard/sessions", "leaderboard/refit"):
         cells = [c for c, _ in find_experiment(name).cells(preset)]
         todo = [c for c in cells if not ledger.find(c)]
