@@ -10,6 +10,7 @@ with other work to do, compare the latter.
 """
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from torch import nn
 from erc_moe.conversations import ConversationBatch
 from erc_moe.ragged import keep_memory
 from erc_moe.files import write_json
+from erc_moe.precision import autocast
 
 
 @dataclass
@@ -40,13 +42,14 @@ class Form:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def training(model: nn.Module, repeated: int = 0) -> Form:
+def training(model: nn.Module, repeated: int = 0, precision: str = "fp32") -> Form:
     "Forward, the model's full loss, backward, clipping at norm 1 and AdamW."
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def step(batch):
-        model.loss(model(batch), batch).total.backward()
+        with autocast(precision, "cpu"): loss = model.loss(model(batch), batch).total
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -205,4 +208,4 @@ def benchmark(
             dict(
                 command=f"python {' '.join(sys.argv)}", settings=settings,
                 threads=torch.get_num_threads(), torch=torch.__version__, gemm_rate=round(gemm),
-                forms=record))
+                load=[round(x, 1) for x in os.getloadavg()], forms=record))

@@ -1,5 +1,6 @@
-"""Train every system of the tables on random conversations of IEMOCAP's shape and say what a step
-costs beside MiSTER-E's, and beside the same system in its naive form.
+"""Train the recurrent baselines and every system of the tables on random conversations of
+IEMOCAP's shape and say what a step costs beside MiSTER-E's, and beside the same system in its naive
+form; and what MiSTER-E's costs in bfloat16.
 
     python benchmarks/systems.py                        # small presets, some minutes on two cores
     python benchmarks/systems.py --forms hcam mister_e --preset paper --steps 3
@@ -18,17 +19,19 @@ from common import Form, benchmark, training
 from erc_moe.conversations import ConversationBatch
 from erc_moe.models import MODELS
 
-NAMES = [n for n, e in MODELS.items() if e.model.__module__.startswith("erc_moe.systems.")]
+NAMES = ["bc_lstm", "dialogue_rnn"] + [
+    n for n, e in MODELS.items() if e.model.__module__.startswith("erc_moe.systems.")]
 
 
 def widths(args: Namespace) -> dict[str, int]:
     return {"text": args.width, "speech": args.width}
 
 
-def batched(name: str, args: Namespace) -> Form:
+def batched(name: str, args: Namespace, precision: str = "fp32") -> Form:
     entry, labels = MODELS[name], [f"class {i}" for i in range(args.classes)]
     return training(
-        entry.model(entry.model_config(args.preset, "iemocap", widths(args), labels)))
+        entry.model(entry.model_config(args.preset, "iemocap", widths(args), labels)),
+        precision=precision)
 
 
 def alone(name: str, args: Namespace) -> Form:
@@ -56,7 +59,9 @@ if __name__ == "__main__":
         "Systems",
         __doc__,
         {n: partial(batched, n) for n in ("mister_e", *NAMES)}
+        | {"mister_e, bf16": partial(batched, "mister_e", precision="bf16")}
         | {f"{n}-alone": partial(alone, n) for n in NAMES},
         widths,
-        [pair for n in NAMES for pair in (("mister_e", n), (n, f"{n}-alone"))],
+        [("mister_e", "mister_e, bf16")]
+        + [pair for n in NAMES for pair in (("mister_e", n), (n, f"{n}-alone"))],
         dict(preset="cpu", width=384, batch=8, longest=90))
