@@ -453,6 +453,17 @@ def test_with_turns_after_it_the_future_is_read(hub, name, reading):
 
 
 @pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_what_lies_before_the_window_is_not_read(hub, name, reading):
+    "Nor by way of the signs at the beginning, which every turn sees: they see no turn."
+    encoder = text_encoder(hub, name, context_after=1, reading=reading, max_tokens=120)
+    # of equal length, so that the others keep their places
+    first, other = (embedded(encoder, talk([t, *TURNS[1:]])) for t in ("oh no", "no oh"))
+    assert np.abs(first[0] - other[0]).max() > 1e-5
+    np.testing.assert_allclose(first[1:], other[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("name", ["bert", "mpnet", "llama", "gpt2"])
 def test_a_conversation_is_read_as_if_it_were_alone(hub, name, reading):
     encoder = text_encoder(hub, name, context=2, reading=reading, max_tokens=40, speakers=True)

@@ -2,6 +2,7 @@
 on; with a tiny random encoder."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,12 +163,62 @@ def test_two_processes_tune_and_embed(encoder, table, tmp_path):
     np.testing.assert_allclose(store.lookup(there)[0], alone.lookup(there)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 1)])
-def test_a_killed_tuning_carries_on(encoder, table, tmp_path, before, after):
-    "With as many processes as there are then."
+def test_two_processes_and_shards_give_what_one_process_gives(encoder, tmp_path):
+    """Two batches of one process are a batch of each of two: whole models and LoRA in shards gather
+    into the same checkpoint, to 1e-5."""
+    from safetensors.torch import load_file
+    plain = shutil.copytree(encoder, tmp_path/"plain")
+    config = json.loads((plain/"config.json").read_text())
+    (plain/"config.json").write_text(json.dumps(
+        config | dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)))
+    rng = np.random.default_rng(0)
+    pd.DataFrame([
+        dict(conversation=f"{split}{i//8}", speaker="AB"[i % 2], split=split,
+             text=" ".join(rng.choice(WORDS, 5)), label=["joy", "anger"][i % 2])
+        for split, n in (("train", 32), ("validation", 8), ("test", 8)) for i in range(n)
+    ]).to_csv(tmp_path/"talk.csv", index=False)
+    saved = {}
+    for name, count, changes, more in (
+        ("one", 1, ["accumulate=2"], []), ("two", 2, [], []), ("shards", 2, [], ["--shard"])
+    ):
+        sets = [x for s in (
+            "adaptation=lora", "frozen_layers=0", "dropout=0", "lora_dropout=0", "width=8",
+            "batch_size=4", "buckets=false", "epochs=3", "lr=1e-3", *changes) for x in ("--set", s)]
+        call = [
+            "tune", "--encoder", str(plain), "--corpus", str(tmp_path/"talk.csv"), "--seeds", "1",
+            *sets, "--device", "cpu", "--out", str(tmp_path/name), *more]
+        processes(count, f"main({call!r})", tmp_path)
+        run = TunedRun(tmp_path/name)
+        saved[name] = run.summary["test"]["weighted_f1"]["mean"], load_file(
+            run.encoder_folder()/"encoder.safetensors"), run.log()
+    f1, one, log = saved.pop("one")
+    assert any(".lora_B." in n and x.abs().max() > 1e-4 for n, x in one.items()), "it was tuned"
+    for name, (score, weights, its_log) in saved.items():
+        assert weights.keys() == one.keys() and score == pytest.approx(f1)
+        for n, x in one.items(): torch.testing.assert_close(weights[n], x, atol=1e-5, rtol=0)
+        for a, b in zip(log, its_log):
+            assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="there is one. .*accelerate launch"):
+        tune("text", str(encoder), str(table), shard=True, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
+        tune("text", str(encoder), str(table), shard=True, changes=dict(cache="float16"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(DataError, match="told to use DEEPSPEED.*add --shard"):
+        tune("text", str(encoder), str(table))
+
+
+@pytest.mark.parametrize(
+    "before, after, shard", [(1, 1, []), (2, 1, []), (1, 2, []), (2, 1, ["--shard"])])
+def test_a_killed_tuning_carries_on(encoder, table, tmp_path, before, after, shard):
+    "With as many processes as there are then; what lay in shards carries on whole."
     args = tuning(encoder, table, tmp_path/"run", "--set", "epochs=30", "--checkpoint-seconds", "0")
+    begun = args + shard
     process = subprocess.Popen(
-        launched(before, f"main({args!r})", tmp_path), stderr=subprocess.PIPE,
+        launched(before, f"main({begun!r})", tmp_path), stderr=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
     log, deadline = tmp_path/"run"/"seed-0"/"log.jsonl", time.monotonic() + 240

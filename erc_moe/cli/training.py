@@ -160,6 +160,10 @@ def tune_search(args):
     option(
         "--start", complete="folder", metavar="RUN",
         help="Begin with the weights of a run that erc_moe tune wrote."),
+    option(
+        "--shard", action="store_true",
+        help="Each process of accelerate launch holds a share of the model and not all of it, for "
+        "one that no single GPU can hold."),
     OUT, SET, CHECKPOINT, DEVICE, resumes=True, memory="Lower the batch: --set batch_size=4.")
 def tune(args):
     "Tune a text or speech encoder on single utterances."
@@ -168,7 +172,7 @@ def tune(args):
         args.modality, args.encoder, args.corpus, args.data, preset=args.preset,
         protocol=args.protocol, seeds=args.seeds, folds=args.folds, out=args.out, changes=args.set,
         device=args.device, checkpoint_seconds=args.checkpoint_seconds, command=args.typed,
-        label_map=args.label_map, also=args.also, start=args.start)
+        label_map=args.label_map, also=args.also, start=args.start, shard=args.shard)
     if first_process(): print_result(run.summary, run.folder)
 
 # %% ../../nbs/843_training_commands.ipynb #3056a3f3

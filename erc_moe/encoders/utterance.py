@@ -388,14 +388,16 @@ class UtteranceEncoder(nn.Module):
 
     def save_pretrained(self,
         folder: Path|str,       # made where there is none
+        # the state to write in place of its own: whole, of an encoder that lies in shards
+        state: dict[str, Tensor]|None = None,
     ):
         "Write config.json and encoder.safetensors: what was trained, not the transformer under it."
-        folder = Path(folder)
+        folder, state = Path(folder), state or dict(self.named_parameters())
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(
             folder / "encoder.safetensors",
             save({
-                n: p.detach().cpu().contiguous()
+                n: state[n].detach().cpu().contiguous()
                 for n, p in self.named_parameters()
                 if p.requires_grad}))
         atomic_write(

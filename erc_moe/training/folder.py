@@ -24,7 +24,7 @@ from ..files import (
     atomic_folder, atomic_write, clear_partials, locked, read_json, write_json)
 from .cards import model_card
 from .loop import (
-    SELECTION, TrainingConfig, dataset, epoch_seed, fit, load_trained, score)
+    SELECTION, TrainingConfig, Whole, dataset, epoch_seed, fit, score)
 from .predictions import Predictions, read_csv, write_csv
 from .refit import refit_epochs
 from .results import figures, gather_seeds, interval, provenance
@@ -149,11 +149,15 @@ def train_seed(
             options["until"], _ = refit_epochs(build, corpus, training, seed, folder, **options)
         torch.manual_seed(epoch_seed(seed, 0))
         model = build()
-        fitted = fit(model, corpus, training, seed, folder, protocol, **options)
-        if mine: _write_seed(folder, model, corpus, seed, fitted, protocol)
+        placing, held = options.pop("placing", Whole), []
+        def place(*of): held.append(placing(*of)); return held[0]
+        fitted = fit(model, corpus, training, seed, folder, protocol, placing=place, **options)
+        # in shards, all processes score together
+        if mine or placing is not Whole: _write_seed(folder, held[0], corpus, seed, fitted, protocol)
 
 # %% ../../nbs/822_run_folders.ipynb #dd69c80d
-def _write_seed(folder, model, corpus, seed, fitted, protocol):
+def _write_seed(folder, held, corpus, seed, fitted, protocol):
+    model, mine = held.model, first_process()
     result = dict(
         seed=seed, seconds=fitted.seconds, epochs=len(fitted.log),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -162,17 +166,22 @@ def _write_seed(folder, model, corpus, seed, fitted, protocol):
     data = {
         s: dataset(model, corpus.splits[s], corpus.labels, device) for s in ("validation", "test")}
     for split in fitted.best:
-        load_trained(model, fitted.best[split].state)
+        state = fitted.best[split].state
+        held.load(state)
         chosen = {
-            s: Predictions.of(corpus.splits[s], corpus.labels, [score(model, d)])
+            s: Predictions.of(corpus.splits[s], corpus.labels, [score(held.scored, d)])
             for s, d in data.items()}
+        if not mine: continue
         scored = dict(epoch=fitted.best[split].epoch, **{s: figures(p) for s, p in chosen.items()})
         suffix = "" if split == SELECTION[protocol] else "-strict"
-        atomic_folder(folder/f"model{suffix}", model.save_pretrained)
+        whole = {} if isinstance(held, Whole) else dict(state=state)
+        atomic_folder(
+            folder/f"model{suffix}", lambda place: model.save_pretrained(place, **whole))
         tables = [pd.DataFrame(p.columns(4)).assign(split=s) for s, p in chosen.items()]
         table = pd.concat(tables).fillna({"label": ""})
         write_csv(table.to_dict("list"), folder/f"predictions{suffix}.csv")
         result |= {"strict": scored} if suffix else scored
+    if not mine: return
     write_json(folder/"result.json", result)
     (folder/"checkpoint.pt").unlink(missing_ok=True)
 
