@@ -153,7 +153,8 @@ def train_seed(
         def place(*of): held.append(placing(*of)); return held[0]
         fitted = fit(model, corpus, training, seed, folder, protocol, placing=place, **options)
         # in shards, all processes score together
-        if mine or placing is not Whole: _write_seed(folder, held[0], corpus, seed, fitted, protocol)
+        if mine or placing is not Whole:
+            _write_seed(folder, held[0], corpus, seed, fitted, protocol)
 
 # %% ../../nbs/822_run_folders.ipynb #dd69c80d
 def _write_seed(folder, held, corpus, seed, fitted, protocol):

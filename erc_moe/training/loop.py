@@ -121,10 +121,12 @@ def score(
     was, parts, rows = model.training, [], []
     model.eval()
     for batch, places in data.evaluation:
-        out, layout = model(batch), Layout.of(batch)
+        out = model(batch)
+        # single utterances are flat as they are
+        flat = Layout.of(batch).flat if batch.mask.ndim > 1 else lambda x: x
         rows.append(places)
         parts.append([
-            layout.flat(x).float()
+            flat(x).float()
             for x in (
                 out.logits,
                 *out.experts.values(),
