@@ -453,7 +453,7 @@ def test_the_command_prints_what_is_on_record(capsys):
     assert "validation" in (out := capsys.readouterr().out) and "paper" not in out
     assert (
         main(["reproduce", "table2"]) == 1
-        and "mister_e, sure, choices, protocols; and all" in capsys.readouterr().err)
+        and "mister_e, sure, choices, protocols, " in capsys.readouterr().err)
 
 
 def test_the_command_says_what_it_cannot_show(tmp_path, capsys):
