@@ -290,7 +290,7 @@ def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
 def test_a_detailed_record_is_of_the_strict_model(tmp_path):
     "Experts and probabilities are those of the epoch that validation chose, not of test's."
     from erc_moe.training.loop import dataset, epoch_seed, fit, score
-    from erc_moe.experiments.run import _key, prepared
+    from erc_moe.experiments.run import keyed, prepared
     from erc_moe.models import find_model
     longer = replace(TABLE.rows[0], changes=QUICK | dict(epochs=8, lr=5e-3), detail=True)
     for seed in range(6):
@@ -299,7 +299,7 @@ def test_a_detailed_record_is_of_the_strict_model(tmp_path):
         if record["strict"]["epoch"] != record["test_selected"]["epoch"]: break
     else: pytest.fail("both protocols chose the same epoch with every seed")
     corpus, widths, feature_hash = prepared(cell)
-    config, training, _ = _key(cell, corpus, widths, feature_hash)
+    config, training, _ = keyed(cell, corpus, widths, feature_hash)
     torch.manual_seed(epoch_seed(seed, 0))
     model = find_model(cell.model).model(config)
     fit(model, corpus, training, seed, protocol="strict", device="cpu", progress=False)
@@ -365,13 +365,13 @@ def test_a_student_is_stale_with_its_teachers_and_waits_for_them(students, tmp_p
 
 def test_a_student_learns_what_its_teacher_says():
     "Without labels' share it follows the teacher, also where the teacher is wrong."
-    from erc_moe.experiments.run import _key, prepared
+    from erc_moe.experiments.run import keyed, prepared
     from erc_moe.models import find_model
     from erc_moe.training.loop import dataset, fit, score
     cell = replace(TABLE.rows[0], changes=dict(
         hidden=16, epochs=40, lr=1e-2, distillation=1., distillation_temperature=1.)).cell("sample")
     corpus, widths, feature_hash = prepared(cell)
-    config, training, _ = _key(cell, corpus, widths, feature_hash)
+    config, training, _ = keyed(cell, corpus, widths, feature_hash)
     torch.manual_seed(0)
     model = find_model(cell.model).model(config)
     data = dataset(model, corpus.splits["train"], corpus.labels)

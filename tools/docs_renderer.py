@@ -11,10 +11,12 @@ from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 import pandas
+from accelerate import Accelerator
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 from nbdev.showdoc import BasicMarkdownRenderer
 
+LATE = {"pandas": pandas, "Accelerator": Accelerator}
 # "(eq 14)", "(section 4.7)", "(SURE, eqs 1-5)": where a field stands in its paper
 PLACE = re.compile(r"\s*\(((?:[\w.-]+,? )*(?:eqs?|section|figure|table)\.? [^()]*)\)", re.I)
 
@@ -66,8 +68,8 @@ def field_table(kind):
 class PageRenderer(BasicMarkdownRenderer):
     "Heading with a link to the source, docstring, and the fields of a dataclass."
     def __init__(self, sym, *args, **kwargs):
-        # an annotation may name, in quotes, a package that its module imports only when it is used
-        if inspect.isfunction(sym): sym.__globals__.setdefault("pandas", pandas)
+        # an annotation may name, in quotes, what its module imports only when it is used
+        if inspect.isfunction(sym): sym.__globals__.update(LATE | sym.__globals__)
         super().__init__(sym, *args, **kwargs)
 
     def _repr_markdown_(self):
