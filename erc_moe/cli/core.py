@@ -88,8 +88,8 @@ def option(
 # %% ../../nbs/841_command_line.ipynb #e2e476fc
 CORPUS = option(
     "--corpus", complete="file", required=True, metavar="NAME",
-    help="Which corpus: sample, meld, emorynlp, iemocap, mosi, dailydialog, or the path of your own "
-    "CSV or JSONL table, or a reader of your own as FILE.py:READER; options behind an @, as in "
+    help="Which corpus: sample, meld, emorynlp, iemocap, mosi, dailydialog, or the path of your "
+    "own CSV or JSONL table, or a reader of your own as FILE.py:READER; options behind an @, as in "
     "iemocap@session-3.")
 DATA = option(
     "--data", complete="folder", metavar="DIR",
@@ -104,8 +104,8 @@ DEVICE = option(
 # %% ../../nbs/841_command_line.ipynb #5bffa1d9
 TEXT = option(
     "--text", complete="folder", metavar="SOURCE",
-    help="What becomes of the words: minilm, mpnet, hf:NAME for any text encoder on the Hugging Face "
-    "hub (or in a local folder), an array that came with the corpus, or the path of a "
+    help="What becomes of the words: minilm, mpnet, hf:NAME for any text encoder on the Hugging "
+    "Face hub (or in a local folder), an array that came with the corpus, or the path of a "
     "feature store. Without it the model reads no text.")
 SPEECH = option(
     "--speech", complete="folder", metavar="SOURCE",

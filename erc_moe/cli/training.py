@@ -140,7 +140,8 @@ def tune_search(args):
         "as InstructERC does it (default: text)."),
     option(
         "--encoder", complete="folder", required=True, metavar="NAME",
-        help="Which transformer: minilm, mpnet, a name on the Hugging Face hub, or a local folder."),
+        help="Which transformer: minilm, mpnet, a name on the Hugging Face hub, or a local "
+        "folder."),
     CORPUS, DATA, LABEL_MAP,
     option(
         "--preset", default="cpu", metavar="NAME",

@@ -76,7 +76,7 @@ REFIT_FOLDS = 3    # of the cross-validation that chooses a record's number of e
 def keyed(
     cell: Cell, corpus: Corpus, widths: dict[str, int], feature_hash: str,    # as `prepared` gave
 ) -> tuple[object, TrainingConfig, dict]:
-    "The configurations of model and training, and what the training's key is made of, with the key."
+    "The configurations of model and training, and what the training's key is made of."
     config, training = configure(cell.model, corpus, widths, cell.preset, cell.changes)
     code = code_of(cell.model)
     said = dict(

@@ -132,9 +132,8 @@ def read_sound(
 _TOO_LONG = (f"it is longer than {LONGEST // 3600} hours", "Cut it with start and end.")
 
 def _fault(clip, utterance):
-    return (
-        lambda problem, fix='Replace the file, or let it count as absent (missing="absent", --missing absent).': (
-            DataError(f"{problem} ({clip})", fix, utterance=utterance)))
+    absent = 'Replace the file, or let it count as absent (missing="absent", --missing absent).'
+    return lambda problem, fix=absent: DataError(f"{problem} ({clip})", fix, utterance=utterance)
 
 def _samples(clip, frames, rate, fault):
     "First sample of a stretch, and the sample after its last."
