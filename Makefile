@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned trials reproduce notebooks pretrained bench wheel fuzz clean
+.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned trials reproduce notebooks rates pretrained bench wheel fuzz clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -71,6 +71,12 @@ trials: setup    ## the choices of stage 1's recipe, each tried on validation (a
 
 reproduce: setup ## every table and figure of both papers, from ERC_MOE_DATA and what `make tuned` left (hours); what is on record is not repeated
 	$(BIN)/erc_moe reproduce all
+
+rates: setup     ## the search for every system's learning rate, its finals, and the table that the presets read; stops where the table changes: commit it, call again
+	$(BIN)/erc_moe reproduce choices/learning_rate
+	$(BIN)/python tools/learning_rates.py
+	$(BIN)/erc_moe reproduce choices/learning_rate_finals
+	$(BIN)/python tools/learning_rates.py
 
 notebooks: setup ## export the notebooks to the package, run them all, save their outputs, renew README.md
 	$(BIN)/nbdev_export

@@ -32,8 +32,8 @@ setup(
     packages=find_packages(include=["erc_moe", "erc_moe.*"]),
     package_data={
         "erc_moe": [
-            "__init__.pyi", "*/__init__.pyi", "page_assets/*", "pretrained/*/*",
-            "pretrained/*/*/*", "sample/*", "sample/audio/*"]},
+            "__init__.pyi", "*/__init__.pyi", "learning_rates.csv", "page_assets/*",
+            "pretrained/*/*", "pretrained/*/*/*", "sample/*", "sample/audio/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

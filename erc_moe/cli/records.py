@@ -133,9 +133,9 @@ def reproduce(args):
     else: show_tables(args, ledger, chosen)
     print(
         "\nweighted F1 in percent, mean ± standard deviation over seeds; strict: epoch "
-        "chosen on validation, test-selected: on test; differences with the 95 % "
-        "interval over test "
-        "conversations and seeds, seed by seed; p, Holm: corrected for all comparisons of the "
+        "chosen on validation, test-selected: on test; refit: trained on train and validation, as "
+        "many epochs as cross-validation says; paper: the paper's number, of its own features and "
+        "code; differences with the 95 % interval over test conversations and seeds, seed by seed; p, Holm: corrected for all comparisons of the "
         "table; detectable: what four such test sets in five would have shown")
     if (old := sum(r["code"] != experiments.code_of(r["cell"]["model"]) for r in records)):
         print(

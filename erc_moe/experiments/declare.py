@@ -109,7 +109,7 @@ class Row:
     # corpus -> the paper's number, in percent, and its deviation where it has one
     paper: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
-    size: str = ""                                         # parameters, where the paper tells them
+    encoders: str = ""                       # of the paper's number, where the table tells them
     at: float|None = None                                  # where on a curve
     # keep what the experts said, the gate's weights, and scores with utterances dropped
     detail: bool = False
@@ -118,6 +118,7 @@ class Row:
     teachers: int = 0                                      # of `Cell`
     # the probabilities of all seeds averaged: one system, from the records of its members
     ensemble: bool = False
+    command: str = ""    # what makes a score of a row that is no training of the grid
 
     def __post_init__(self):
         if self.ensemble: object.__setattr__(self, "detail", True)    # members keep probabilities

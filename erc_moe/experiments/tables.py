@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_DIFFERENCE', 'CORPORA', 'Result', 'results', 'committed', 'difference', 'mean_difference', 'with_interval',
-           'table', 'Side', 'Claim', 'claims_of', 'verdict', 'standing', 'check', 'styled', 'statuses']
+           'refitted', 'table', 'Side', 'Claim', 'claims_of', 'verdict', 'standing', 'check', 'styled', 'statuses']
 
 # %% ../../nbs/834_tables.ipynb #0510ab36
 import json, os, re
@@ -110,7 +110,11 @@ def results(
                 if len(records) < e.seeds: continue
                 records = [averaged(records, len(ledger.truth_for(records[0])["labels"]))]
             if records: found[row.name, corpus] = Result(row, corpus, ledger, records)
-    return found
+    single = {k: of.records[0]["key"] for k, of in found.items() if not of.row.ensemble}
+    preset_keys = {key for k, key in single.items() if not found[k].row.changes}
+    return {
+        k: of for k, of in found.items()
+        if not of.row.changes or single.get(k) not in preset_keys}
 
 # %% ../../nbs/834_tables.ipynb #6d5c99d4
 def committed(
@@ -159,6 +163,19 @@ def with_interval(
     text = f"{100 * middle:+.1f} ({100 * d.low:+.1f} to {100 * d.high:+.1f})"
     return text.replace("-", "−")
 
+# %% ../../nbs/834_tables.ipynb #364ab9df
+def refitted(
+    experiment: Experiment|str,
+    ledger: Ledger|None = None,
+    preset: str = "cpu",
+) -> dict[tuple[str, str], Result]:    # (row, corpus); {}: none, or protocols are its rows
+    "The same rows, trained on train and validation for as many epochs as cross-validation says."
+    e = find_experiment(experiment)
+    if any(r.protocol for r in e.rows): return {}
+    rows = tuple(
+        replace(r, protocol="refit", detail=False) for r in e.rows if not (r.ensemble or r.teachers))
+    return results(replace(e, rows=rows, reference="", claims=()), ledger, preset)
+
 # %% ../../nbs/834_tables.ipynb #2e75f905
 def table(
     experiment: Experiment|str,
@@ -169,6 +186,7 @@ def table(
     "The experiment as a table: weighted F1 in percent, mean and standard deviation over seeds."
     e = find_experiment(experiment)
     found, lines = results(e, ledger, preset), {}
+    refit = {} if by_validation else refitted(e, ledger, preset)
     apart = {
         key: difference(r, found[e.reference, key[1]])
         for key, r in found.items()
@@ -186,8 +204,9 @@ def table(
             strict, selected = (r and r.has(p) for p in ("strict", "test_selected"))
             if by_validation: cell = {"validation": r and percent(r.validation)}
             else:
+                cell |= {"strict": strict and percent(r.score())}
+                if refit: cell |= {"refit": key in refit and percent(refit[key].score())}
                 cell |= {
-                    "strict": strict and percent(r.score()),
                     "test-selected": selected and percent(r.score("test_selected")),
                     "gain": strict and selected and f"{100 * r.gain['mean']:+.1f}"}
                 if e.reference:
