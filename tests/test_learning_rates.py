@@ -100,7 +100,8 @@ def test_the_command_writes_the_table_once(tmp_path, monkeypatch, capsys):
     assert f"At an edge of the grid: hcam on meld ({RATES[-1]:g})." in said
     assert f"hcam,meld,{RATES[-1]:g},{RATES[-2]:g}\n" in (tmp_path/"rates.csv").read_text()
     was, now = (
-        p.read_text().splitlines() for p in (ROOT/"erc_moe"/"learning_rates.csv", tmp_path/"rates.csv"))
+        p.read_text().splitlines()
+        for p in (ROOT/"erc_moe"/"learning_rates.csv", tmp_path/"rates.csv"))
     assert sum(a != b for a, b in zip(was, now, strict=True)) == 1
     assert main(argv) == 0 and "as it was" in capsys.readouterr().out
 
