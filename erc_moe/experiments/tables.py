@@ -173,7 +173,8 @@ def refitted(
     e = find_experiment(experiment)
     if any(r.protocol for r in e.rows): return {}
     rows = tuple(
-        replace(r, protocol="refit", detail=False) for r in e.rows if not (r.ensemble or r.teachers))
+        replace(r, protocol="refit", detail=False)
+        for r in e.rows if not (r.ensemble or r.teachers))
     return results(replace(e, rows=rows, reference="", claims=()), ledger, preset)
 
 # %% ../../nbs/834_tables.ipynb #2e75f905
