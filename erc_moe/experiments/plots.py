@@ -20,7 +20,9 @@ CORPUS_NAMES = CORPORA
 OURS, PAPERS = "#333333", "#d55e00"
 _STRICT = dict(marker="o", ms=6, color=OURS, ls="none", label="ours, strict")
 _SELECTED = dict(marker="o", ms=6, mfc="white", mec=OURS, ls="none", label="ours, test-selected")
-_PAPER = dict(marker="D", ms=6, mfc="none", mec=PAPERS, mew=1.5, ls="none", label="the paper's, its features")
+_PAPER = dict(
+    marker="D", ms=6, mfc="none", mec=PAPERS, mew=1.5, ls="none",
+    label="the paper's, its features")
 
 # %% ../../nbs/835_result_plots.ipynb #7515b7f9
 def _names(experiment, names):
