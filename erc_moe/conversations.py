@@ -114,12 +114,14 @@ class Conversation:
 
     def with_features(self,
         modality: str,                        # "text", "speech", "visual"
-        values: np.ndarray,                   # (N, D_m), any float type
+        # (N, D_m), any float type; a float32 `np.memmap` stays on its disk
+        values: np.ndarray,
         present: np.ndarray|None = None,      # bool (N,); None: all are present
     ) -> "Conversation":                      # a new conversation; this one is unchanged
         """Add (or replace) one modality's features; present rows must be finite, absent rows
         become 0."""
-        values = np.array(values, dtype=np.float32)
+        mapped = isinstance(values, np.memmap) and values.dtype == np.float32
+        values = values if mapped else np.array(values, dtype=np.float32)
         present = np.ones(len(self), bool) if present is None else np.array(present, dtype=bool)
         if values.ndim != 2 or len(values) != len(self) or len(present) != len(self):
             raise DataError(
@@ -132,7 +134,12 @@ class Conversation:
                 f"the {modality!r} features hold NaN or infinity",
                 "Extract them again, impute them, or mark the utterance absent in this modality.",
                 self.id, self.utterances[i].id)
-        values[~present] = 0
+        if not mapped: values[~present] = 0
+        for i in np.flatnonzero(~present & values.any(1))[:1] if mapped else ():
+            raise DataError(
+                f"the {modality!r} features of an absent utterance are not 0",
+                "Write 0 into the rows of the mapped file that are not observed.",
+                self.id, self.utterances[i].id)
         return replace(
             self, features={**self.features, modality: values},
             present={**self.present, modality: present})

@@ -8,6 +8,7 @@ __all__ = ['DAMAGE', 'HOW', 'PRETRAINED', 'read_conversations', 'is_chat', 'Pred
 # %% ../nbs/605_predict.ipynb #9b04c6f6
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +182,21 @@ class Predictor:
         said = Predictions.of(conversations, self.labels, scores)
         told = [*dict.fromkeys(told + more + [why]*bool(why))]
         return replace(said.calibrated(self.temperature), told=told)
+
+    def predict_parts(self,
+        conversations: Iterable[Conversation],    # may be read while they are predicted
+        utterances: int = 20_000,                 # of a part, or a single conversation
+        **options,                                # of `predict`
+    ) -> Iterator[Predictions]:                   # part by part, in order
+        "Predictions of more conversations than memory holds: it holds one part."
+        part, size = [], 0
+        for c in conversations:
+            if part and size + len(c) > utterances:
+                yield self.predict(part, **options)
+                part, size = [], 0
+            part.append(c)
+            size += len(c)
+        if part: yield self.predict(part, **options)
 
     def save(self,
         folder: str|Path,       # made where there is none

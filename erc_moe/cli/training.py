@@ -53,6 +53,10 @@ TRAIN = (
         help="Where extracted features are kept for the next time (default: the user's cache "
         "folder)."),
     option(
+        "--mapped", complete="folder", metavar="DIR",
+        help="A folder with room for features that do not fit into memory: they are read from "
+        "there batch by batch, and are gone after the training."),
+    option(
         "--log-with", choices=["tensorboard", "wandb"], metavar="TRACKER",
         help="Follow the training with tensorboard or wandb: losses, scores and learning rate of "
         "every epoch. Its package must be installed."),
@@ -84,7 +88,7 @@ def train(args):
         features=args.features, preset=args.preset, protocol=args.protocol, seeds=args.seeds,
         out=args.out, changes=changes, device=args.device, cache=args.cache,
         checkpoint_seconds=args.checkpoint_seconds, command=args.typed, label_map=args.label_map,
-        missing=args.missing or "error", log_with=args.log_with)
+        missing=args.missing or "error", log_with=args.log_with, mapped=args.mapped)
     if first_process(): print_result(run.summary, run.folder)
 
 # %% ../../nbs/843_training_commands.ipynb #56ec1380

@@ -21,7 +21,7 @@ from ..corpora.core import Corpus, FeatureTable, read_features, some
 from .prosody import PROSODY8, Prosody8
 from .speech import OPENSMILE_SETS, SOUND_FAULTS, OpenSmile, SoundCheck
 from ..recordings.sound import sound_note
-from .store import FeatureStore, extract
+from .store import FeatureStore, blank_rows, extract
 from .published import PUBLISHED
 from ..files import atomic_write, cache_folder, read_json, sha256_file
 from .text import TextEncoder
@@ -44,16 +44,29 @@ def parse_source(
         terms.append((name, scope))
     return terms
 
+# %% ../../nbs/806_feature_pipeline.ipynb #996db3f1
+def _blocks(values, numbers=2**20):
+    "A large matrix in parts, each with the place of its first row; at least one."
+    rows = max(1, numbers//values.shape[1])
+    for begin in range(0, max(1, len(values)), rows): yield begin, values[begin:begin + rows]
+
+def _row_sum(values, of):    # -> float64 (D,)
+    "The sum over all rows of what `of` makes of them."
+    for begin, part in _blocks(values):
+        rows = np.vstack([total, of(part)]) if begin else of(part)
+        total = rows.sum(0, dtype=np.float64)
+    return total
+
 # %% ../../nbs/806_feature_pipeline.ipynb #74742f2f
 def fit_scale(
     values: np.ndarray,                     # (M, D) of the training utterances; NaN where undefined
 # mean and standard deviation, float64 (D,); 0 and 1 where nothing is known
 ) -> tuple[np.ndarray, np.ndarray]:
     "Mean and standard deviation of each measure over the rows where it is defined."
-    defined = np.isfinite(values)  # (M, D)
-    count = np.maximum(defined.sum(0), 1)                                                    # (D,)
-    mean = np.where(defined, values, 0).sum(0, dtype=np.float64) / count
-    std = np.sqrt((np.where(defined, values - mean, 0)**2).sum(0) / count)
+    known = lambda x: np.where(np.isfinite(x), x, 0)                                       # (n, D)
+    count = np.maximum(_row_sum(values, np.isfinite), 1)                                     # (D,)
+    mean = _row_sum(values, known) / count
+    std = np.sqrt(_row_sum(values, lambda x: known(x - mean)**2) / count)
     return mean, np.where(std > 1e-8 * np.maximum(np.abs(mean), 1e-20), std, 1.0)
 
 # %% ../../nbs/806_feature_pipeline.ipynb #4558317c
@@ -76,9 +89,10 @@ def relative_to_conversation(
     return np.concatenate([(p - mean) / std for p in parts for mean, std in [fit_scale(p)]])
 
 # %% ../../nbs/806_feature_pipeline.ipynb #0df42787
-def _digest(*parts):
+def _digest(*parts):    # arrays, contiguous, as their bytes; all else as JSON
     h = hashlib.sha256()
-    for p in parts: h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True).encode())
+    for p in parts:
+        h.update(p if isinstance(p, np.ndarray) else json.dumps(p, sort_keys=True).encode())
     return h.hexdigest()
 
 # %% ../../nbs/806_feature_pipeline.ipynb #ca641559
@@ -124,7 +138,7 @@ class _Rows:
     told: list[str]         # what a reader should know
 
 # %% ../../nbs/806_feature_pipeline.ipynb #cf43deac
-def _extracted(computer, compute, inputs, ids, cache, missing, progress):
+def _extracted(computer, compute, inputs, ids, cache, missing, progress, folder=None):
     "Rows of the utterances in `inputs` (id -> text or path), from the cache or computed into it."
     keys, broken, e = {}, {}, computer.extractor
     for u, x in inputs.items():
@@ -137,8 +151,8 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
                     "Check the path, or let it count as absent (missing=\"absent\", "
                     "--missing absent).",
                     utterance=u)
-    with nullcontext(cache) if cache else tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(Path(folder)/f"{e.name.replace('/', '--')}-{e.key}", e)
+    with nullcontext(cache) if cache else tempfile.TemporaryDirectory() as place:
+        store = FeatureStore(Path(place)/f"{e.name.replace('/', '--')}-{e.key}", e)
         try:
             extract(
                 store, {k: inputs[u] for u, k in keys.items()}, compute, missing, progress=progress)
@@ -146,10 +160,10 @@ def _extracted(computer, compute, inputs, ids, cache, missing, progress):
             utterance = next((u for u, k in keys.items() if k == error.utterance), error.utterance)
             raise DataError(error.problem, error.fix, utterance=utterance) from error
         broken |= {u: store.absent[k] for u, k in keys.items() if k in store.absent}
-        there = [u for u in ids if u in keys and u not in broken]
-        # (N,), (N, D)
-        present, values = np.isin(ids, there), np.full((len(ids), e.width), np.nan, np.float32)
-        values[present] = store.lookup([keys[u] for u in there])[0]
+        present = np.array([u in keys and u not in broken for u in ids], bool)              # (N,)
+        there = [keys[u] for u, p in zip(ids, present) if p]
+        values = blank_rows(len(ids), e.width, folder)                                      # (N, D)
+        values[~present], values[present] = np.nan, store.lookup(there, folder=folder)[0]
     why = some(f"{u}: {reason}" for u, reason in broken.items())
     told = [
         (
@@ -171,12 +185,12 @@ def _given(name, values, present, ids, identity={}):
         raise DataError(
             f"{name!r} has no row for any of the {len(ids)} utterances",
             "Check that its ids are the utterances' ids.", utterance=ids[0])
-    values = np.where(present[:, None], values, np.nan).astype(np.float32)
+    values[~present] = np.nan
     told = (
         []
         if present.all()
         else [f"{name}, utterances without a row: {(~present).sum()}; counted as not observed."])
-    return _Rows(values, present, identity, _digest(ids, values.tobytes()), told)
+    return _Rows(values, present, identity, _digest(ids, values), told)
 
 # %% ../../nbs/806_feature_pipeline.ipynb #9d0e4c73
 def _named(source, arrays):
@@ -218,10 +232,10 @@ def _kind(source, arrays, modality):
         f"Name it as --{made_for} {source}")
 
 # %% ../../nbs/806_feature_pipeline.ipynb #6a2b38d3
-def _spoken(measures, utterances, ids, cache, missing, progress):
+def _spoken(measures, utterances, ids, cache, missing, progress, folder):
     "Rows of what is measured of sound, with what a listener should know of it."
     heard = {u.id: u.audio for u in utterances if u.audio}
-    rows = _extracted(measures, measures.rows, heard, ids, cache, missing, progress)
+    rows = _extracted(measures, measures.rows, heard, ids, cache, missing, progress, folder)
     check = SoundCheck(measures.workers)
     found = _extracted(check, check.rows, heard, ids, cache, "absent", False).values[:, 0]
     for place, fault in enumerate(SOUND_FAULTS):
@@ -229,26 +243,26 @@ def _spoken(measures, utterances, ids, cache, missing, progress):
         if fault and odd: rows.told.append(sound_note(fault, odd))
     return rows
 
-def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
-    "Rows of one term of a source for `utterances`."
+def _rows(modality, source, kind, utterances, arrays, cache, missing, progress, folder):
+    "Rows of one term of a source for `utterances`; where they lie: see `blank_rows`."
     ids = [u.id for u in utterances]
+    how = ids, cache, missing, progress, folder
     if kind == "encoder":
         encoder = TextEncoder(source.removeprefix("hf:"))
         said = {u.id: u.text for u in utterances if u.text.strip()}
-        rows = _extracted(encoder, encoder.embed, said, ids, cache, missing, progress)
+        rows = _extracted(encoder, encoder.embed, said, *how)
         rows.told += encoder.notes(said)
         return rows
     if kind == "opensmile":
-        return _spoken(OpenSmile(source), utterances, ids, cache, missing, progress)
+        return _spoken(OpenSmile(source), utterances, *how)
     if kind == "densenet":
         encoder = DenseNetEncoder(source.removeprefix("densenet:"))
         return _extracted(
-            encoder, encoder.rows, {u.id: u.video for u in utterances if u.video}, ids, cache,
-            missing, progress)
+            encoder, encoder.rows, {u.id: u.video for u in utterances if u.video}, *how)
     if kind == "store":
         store = FeatureStore(source)
         content = contents(utterances, store.made_from or modality)
-        rows = _given(source, *store.lookup(ids, content), ids, asdict(store.extractor))
+        rows = _given(source, *store.lookup(ids, content, folder), ids, asdict(store.extractor))
         if untied := store.check_content(content):
             rows.told.append(
                 f"{source}, rows that do not say what they were computed from: {len(untied)}; that "
@@ -259,7 +273,7 @@ def _rows(modality, source, kind, utterances, arrays, cache, missing, progress):
         return _given(source, *read_features(Path(source), ids, source)[0].lookup(ids), ids)
     if source == "prosody8" and source not in arrays:
         if any(u.audio for u in utterances):
-            rows = _spoken(Prosody8(), utterances, ids, cache, missing, progress)
+            rows = _spoken(Prosody8(), utterances, *how)
             pitch = rows.values[:, PROSODY8.index("avg_pitch")]
             if mute := [u for u, p, hz in zip(ids, rows.present, pitch) if p and np.isnan(hz)]:
                 rows.told.append(f"prosody8, utterances without a voice in their sound: "
@@ -325,20 +339,18 @@ class FeaturePipeline:
         corpus: Corpus,                        # its train split is what scaling is fitted on
         cache: Path|str|bool|None = None,      # see `cache_folder`; False: keep nothing
         progress: bool = False,                # show progress bars while extracting
+        mapped: Path|str|None = None,          # see `apply`
     ) -> "FeaturePipeline":                    # itself
         "Extract everything (into the cache) and fit the scaling on the training utterances."
-        utterances, train = (
-            [u for c in corpus.conversations for u in c.utterances],
-            sum(map(len, corpus.splits["train"])))
-        content, self.parts = [], {}
+        utterances = [u for c in corpus.conversations for u in c.utterances]
+        train, content, self.parts = sum(map(len, corpus.splits["train"])), [], {}
+        how = cache is not False and cache_folder(cache), self.missing, progress, mapped
         terms = {modality: [(source, scope, _kind(source, corpus.arrays, modality))
                             for source, scope in parse_source(spec)]
                  for modality, spec in self.sources.items()}     # all checked, none computed yet
         for modality, named in terms.items():
             for source, scope, kind in named:
-                rows = _rows(
-                    modality, source, kind, utterances, corpus.arrays,
-                    cache is not False and cache_folder(cache), self.missing, progress)
+                rows = _rows(modality, source, kind, utterances, corpus.arrays, *how)
                 if not rows.present[:train].any():
                     raise DataError(
                         f"no training utterance has {modality!r} features from {source!r}",
@@ -360,46 +372,60 @@ class FeaturePipeline:
         arrays: dict[str, FeatureTable]|None = None,
         cache: Path|str|bool|None = None,                  # see `cache_folder`; False: keep nothing
         progress: bool = False,                            # show progress bars while extracting
+        # a folder with room for features that do not fit into memory; None: they do
+        mapped: Path|str|None = None,
     ) -> Corpus|list[Conversation]:                        # the same, with features
         """Attach every modality, scaled; an utterance is present where any term of the modality
         has a row for it."""
         if not self.parts:
-            raise DataError(
-                "the feature pipeline is not fitted", "Call fit(corpus) first, or load a saved one."
-            )
+            raise DataError("the feature pipeline is not fitted",
+                            "Call fit(corpus) first, or load a saved one.")
         convs = data.conversations if isinstance(data, Corpus) else list(data)
         arrays = arrays if arrays is not None else data.arrays if isinstance(data, Corpus) else {}
-        utterances, ends = (
-            [u for c in convs for u in c.utterances], np.cumsum([len(c) for c in convs]))
-        self.told, done = [], convs
+        utterances = [u for c in convs for u in c.utterances]
+        ends, self.told, done = np.cumsum([len(c) for c in convs]).tolist(), [], convs
+        how = cache is not False and cache_folder(cache), self.missing, progress, mapped
         for modality, parts in self.parts.items():
             values, present = [], np.zeros(len(utterances), bool)  # [(N, D_i)], (N,)
             for p in parts:
-                rows = _rows(
-                    modality, p.source, p.kind, utterances, arrays,
-                    cache is not False and cache_folder(cache), self.missing, progress)
+                rows = _rows(modality, p.source, p.kind, utterances, arrays, *how)
                 self._check(p, rows)
-                far = np.flatnonzero((np.abs((rows.values - p.mean) / p.std) > self.clip).any(1))
-                if len(far):
+                values.append(rows.values)
+                present |= rows.present
+                if far := self._far(p, rows.values):
                     rows.told.append(
                         f"{p.source}, utterances with a measure over {self.clip:g} "
                         "standard deviations from the "
                         f"training mean: {len(far)} "
                         f"({some(utterances[i].id for i in far)}); cut there.")
-                z = scale(rows.values, p.mean, p.std, self.clip)  # (N, D_i)
-                if p.relative:
-                    z = np.nan_to_num(
-                        relative_to_conversation(np.where(np.isnan(rows.values), np.nan, z), ends))
-                values.append(z)
-                present |= rows.present
                 self.told += [
                     t for t in (f"{modality} {t}" for t in rows.told) if t not in self.told]
-            done = [c.with_features(modality, v, here) for c, v, here in
-                    zip(done, np.split(np.hstack(values), ends[:-1]), np.split(present, ends[:-1]))]
+            room = mapped and blank_rows(len(utterances), self.widths[modality], mapped)
+            done = [
+                self._attach(c, modality, [v[end - len(c):end] for v in values],
+                             present[end - len(c):end], mapped and room[end - len(c):end])
+                for c, end in zip(done, ends)]
         if not isinstance(data, Corpus): return done
         by_id = {c.id: c for c in done}
         faults = [*dict.fromkeys(data.faults + self.told)]      # each once
         return replace(data.map(lambda c: by_id[c.id]), faults=faults)
+
+    def _far(self, part, values):    # places of rows with a measure beyond the limit
+        beyond = lambda x: (np.abs((x - part.mean) / part.std) > self.clip).any(1)
+        return [i + begin for begin, x in _blocks(values) for i in np.flatnonzero(beyond(x))]
+
+    def _attach(self, conversation, modality, values, present, room):
+        "`conversation` with its rows of every term, standardised, in `room` if there is some."
+        terms = [scale(x, p.mean, p.std, self.clip)                                # [(N, D_i)]
+                 for x, p in zip(values, self.parts[modality])]
+        for i, (x, p) in enumerate(zip(values, self.parts[modality])):
+            if p.relative:
+                seen = np.where(np.isnan(x), np.nan, terms[i])
+                terms[i] = np.nan_to_num(relative_to_conversation(seen, [len(x)]))
+        rows = np.hstack(terms)                                                          # (N, D)
+        if room is None: return conversation.with_features(modality, rows, present)
+        room[present] = rows[present]
+        return conversation.with_features(modality, room, present)
 
     def with_sources(self,
         # modality -> where its features are taken from instead, as many terms as before

@@ -6,6 +6,7 @@
 __all__ = ['scoring_batches', 'ConversationTensors', 'epoch_batches']
 
 # %% ../../nbs/829_batches.ipynb #3b013f7e
+from collections.abc import Iterable
 from functools import cached_property, partial
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def scoring_batches(
 # %% ../../nbs/829_batches.ipynb #f0382cb9
 class ConversationTensors:
     """A split's conversations as flat tensors, from which any batch is one gather; the features on
-    one device, all else on the CPU."""
+    one device, all else on the CPU. Features that are mapped from a disk are read batch by batch."""
     def __init__(self,
         conversations: list[Conversation],    # with the features attached
         labels: list[str],                    # the label set, in class order
@@ -53,14 +54,18 @@ class ConversationTensors:
                         "Extract them with the extractor that the model was trained with.",
                         c.id)
         self.conversations, self.device = list(conversations), torch.device(device)
-        singles = [collate([c], labels, list(widths)) for c in conversations]
+        self.widths = widths
+        self.mapped = {
+            m for m in widths for c in conversations if isinstance(c.features[m], np.memmap)}
+        held = [m for m in widths if m not in self.mapped]
+        singles = [collate([c], labels, held) for c in conversations]
         # (M, ...) -> (M + 1, ...)
         flat = lambda of, pad: torch.cat([of(s)[0] for s in singles] + [pad])
         self.features = {
-            m: flat(lambda s: s.features[m], torch.zeros(1, d)).to(device)
-            for m, d in widths.items()}
+            m: flat(lambda s: s.features[m], torch.zeros(1, widths[m])).to(device) for m in held}
         self.present = {
-            m: flat(lambda s: s.present[m], torch.zeros(1, dtype=torch.bool)) for m in widths}
+            m: torch.tensor(np.concatenate([c.present[m] for c in conversations] + [[False]]))
+            for m in widths}
         self.labels = flat(lambda s: s.labels, torch.full((1,), -1))
         self.speakers = flat(lambda s: s.speakers, torch.zeros(1, dtype=torch.int64))
         self.lengths = torch.tensor([len(c) for c in conversations])  # (conversations,)
@@ -105,20 +110,29 @@ class ConversationTensors:
         origin = None if self.device.type == "cpu" else ConversationBatch({}, **small, **names)
         there = move(rows)
         return ConversationBatch(
-            {m: x[there] for m, x in self.features.items()},
+            {m: move(self._read(m, chosen)) if m in self.mapped else self.features[m][there]
+             for m in self.widths},
             **{name: move(x) for name, x in small.items()}, **names, origin=origin)
 
-    @cached_property
-    def evaluation(self) -> list[tuple[ConversationBatch, Tensor]]:
+    def _read(self, modality, conversations):    # -> float32 (B, N, D), 0 where padded
+        longest = max(map(len, conversations))
+        out = np.zeros((len(conversations), longest, self.widths[modality]), np.float32)
+        for rows, c in zip(out, conversations): rows[:len(c)] = c.features[modality]
+        return torch.from_numpy(out)
+
+    @property
+    def evaluation(self) -> Iterable[tuple[ConversationBatch, Tensor]]:
         """Large batches of like length for scoring, each with the rows of its real utterances;
-        made once."""
-        batches, size = scoring_batches(self.lengths), len(self.labels) - 1
-        return (
-            [
-                (b := self.batch(index), self.rows(index)[b.host.mask])
-                for index in batches]
-            if size
-            else [])
+        made once, or anew each time where features are mapped."""
+        return self._scored() if self.mapped else self._kept
+
+    @cached_property
+    def _kept(self): return [*self._scored()]
+
+    def _scored(self):
+        for index in scoring_batches(self.lengths):
+            batch = self.batch(index)
+            yield batch, self.rows(index)[batch.host.mask]
 
 # %% ../../nbs/829_batches.ipynb #b79da944
 def _by_utterances(

@@ -265,6 +265,8 @@ def train(
     label_map: dict|str|Path|None = None,
     missing: str = "error",               # a clip that cannot be used: "error", or "absent"
     log_with: str|None = None,            # a tracker: "tensorboard", "wandb"
+    # a folder with room for features that do not fit into memory; None: they do
+    mapped: str|Path|None = None,
 ) -> Run:
     """Train with several seeds and keep everything in one folder; what is finished there is not
     repeated, what was stopped carries on."""
@@ -295,8 +297,8 @@ def train(
             "Name a source for one modality at least, for example text=\"minilm\" (--text minilm).")
     # what cannot be is told before features are computed, whatever their widths will be
     configure(model, corpus, dict.fromkeys(sources, 2), preset, changes)
-    pipeline = FeaturePipeline(sources, missing=missing).fit(corpus, cache, progress)
-    prepared = pipeline.apply(corpus, cache=cache)
+    pipeline = FeaturePipeline(sources, missing=missing).fit(corpus, cache, progress, mapped)
+    prepared = pipeline.apply(corpus, cache=cache, mapped=mapped)
     config, training = configure(model, corpus, pipeline.widths, preset, changes)
     folder = Path(out) if out else temporary_folder()
     ours = entry.model.__module__.partition(".")[0] == "erc_moe"
