@@ -28,8 +28,9 @@ from erc_moe.code_hashes import code_hash
 from erc_moe.experiments.ensembles import BITS
 from erc_moe.experiments.ledger import as_characters, from_characters, from_text
 from erc_moe.experiments.run import is_current, train_cell
-from erc_moe.experiments.tables import difference, results, statuses, table
+from erc_moe.experiments.tables import claims_of, difference, results, statuses, table
 from erc_moe.models import MODELS
+from erc_moe.training.runs import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = dict(epochs=2, hidden=8)
@@ -492,10 +493,91 @@ def test_wrong_names_are_refused_with_the_right_ones():
 
 
 def test_every_claim_is_about_rows_that_are_run():
+    prompted = set()    # a language model of seven billion parameters, by a command of its own
     for c in CLAIMS:
         for side in (c.better, c.worse):
-            assert find_experiments(side.experiment)[0].row(side.row).model in MODELS
+            row = find_experiments(side.experiment)[0].row(side.row)
+            if row.command: prompted.add(row.name)
+            else: assert row.model in MODELS
+    assert prompted == {"InstructERC", "InstructERC, LLaMA-3.1-8B"}
     assert len({(c.says, c.corpora) for c in CLAIMS}) == len(CLAIMS)
+
+
+def trained(cell):
+    "All that a cell's training depends on, but the seed."
+    corpus = replace(
+        load_corpus("sample"), name=cell.corpus.partition("@")[0], official=True)
+    config, training = configure(
+        cell.model, corpus, {m: 4 for m in cell.features}, cell.preset, cell.changes)
+    return json.dumps([
+        asdict(config), asdict(training), cell.features, cell.protocol, cell.past, cell.teachers,
+        cell.corpus], sort_keys=True)
+
+
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
+def test_no_claim_compares_a_training_with_itself(preset):
+    made = [c for e in EXPERIMENTS.values() for c in claims_of(e)]
+    for c in CLAIMS + made:
+        sides = [
+            (find_experiments(s.experiment)[0].row(s.row), s.expert) for s in (c.better, c.worse)]
+        for corpus in c.corpora:
+            better, worse = (
+                (row.command or trained(row.cell(corpus, preset)), row.ensemble, expert)
+                for row, expert in sides)
+            assert better != worse, (c.says, corpus)
+
+
+def test_what_the_preset_has_is_no_row_of_its_own(tmp_path):
+    "Under the preset paper, lambda is 2 on IEMOCAP and 1 on MELD, which are rows as well."
+    ledger, e = Ledger(tmp_path), EXPERIMENTS["mister_e/figure8b"]
+    again = {("lambda 2", "iemocap"), ("lambda 1", "meld")}
+    cells = {
+        (row.name, corpus): row.cell(corpus, "paper") for row in e.rows for corpus in e.corpora}
+    assert {k for k, cell in cells.items() if k[0] != "the preset" and trained(cell) == trained(
+        cells["the preset", k[1]])} == again
+    for cell in cells.values():
+        ledger.add(dict(
+            cell=cell.to_dict(), key=trained(cell), code="", feature_hash="", split_hash=""))
+    assert results(e, ledger, "paper").keys() == cells.keys() - again
+    assert max(r.at for r in e.rows if r.at is not None) > 2
+
+
+def test_systems_of_the_papers_tables_are_run_beside_their_cited_numbers():
+    from erc_moe.experiments.papers import SYSTEMS
+    models = {r.model: r.name for r in SYSTEMS}
+    run = {
+        "mister_e/table2": {"hcam", "df_erc", "telme", "cfn_esa", "multiemo", "mmgat_emo",
+                            "broad_mamba"},
+        "mister_e/table3": {"hcam", "multiemo", "mmgat_emo"},
+        "sure/table2": {"mmgcn", "mm_dfn", "joyful", "df_erc"}}
+    cited = {
+        "mister_e/table2": {"SMIN", "DER-GCN", "ELR-GNN"}, "mister_e/table3": set(),
+        "sure/table2": {"MMPCGN", "MERC-GCN", "DialogueTRM", "MM-NodeFormer"}}
+    for name, expected in run.items():
+        e = EXPERIMENTS[name]
+        rows = [r for r in e.rows if r.model in models]
+        assert {r.model for r in rows} == expected
+        assert {r.name for r in e.rows if r.model is None} == cited[name]
+        for row in rows:
+            assert {"iemocap", "meld"} <= row.paper.keys() <= {*e.corpora}
+            assert row.name.partition(",")[0].lower() in models[row.model].lower()
+            assert all(row.cell(c, seed=4) for c in e.corpora) and e.seeds == 5
+            twins = [r for r in e.rows if r.name == row.name]
+            assert len(twins) == 1
+        assert e.row(e.reference).paper, "the paper's differences are drawn from it"
+    features = {
+        (r.model, r.features) for r in EXPERIMENTS["mister_e/table3"].rows if r.model in models}
+    assert features == {(m, f) for m in run["mister_e/table3"] for f in ("frozen", "stage1")}
+    spreads = {r.name: r.spread for r in EXPERIMENTS["mister_e/table2"].rows if r.spread}
+    assert spreads["MultiEmo"] == dict(iemocap=2.0, meld=.5, mosi=.3) and "MMGAT-EMO" in spreads
+
+
+def test_a_command_of_a_row_is_one_that_its_parser_takes():
+    commands = {r.command for e in EXPERIMENTS.values() for r in e.rows if r.command}
+    assert len(commands) == 2
+    for command in commands:
+        program, *argv = shlex.split(command)
+        assert program == "erc_moe" and main([*argv, "--help"]) == 0
 
 
 RECORDS = sorted((ROOT/"results"/"reproduce").glob("*/*.jsonl"))

@@ -287,12 +287,12 @@ def check(
 ) -> pd.DataFrame:
     "Every claim's verdict."
     lines, tables, p_values = [], [], []
+    names = {s.experiment for c in claims for s in (c.better, c.worse)}
+    found = {name: results(name, ledger, preset) for name in names}
     for c in claims:
         decimals = find_experiment(c.better.experiment).decimals
         for corpus in c.corpora:
-            sides = [
-                results(s.experiment, ledger, preset).get((s.row, corpus))
-                for s in (c.better, c.worse)]
+            sides = [found[s.experiment].get((s.row, corpus)) for s in (c.better, c.worse)]
             if not all(sides): continue
             d = difference(*sides, experts=(c.better.expert, c.worse.expert))
             tables.append(c.better.experiment)
