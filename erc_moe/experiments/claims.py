@@ -14,8 +14,7 @@ from ..evaluation import Interval, two_level
 from .declare import find_experiment, missing_stores
 from .ledger import Ledger
 from .papers import points
-from .tables import (
-    Claim, Result, Side, committed, results, verdict)
+from .tables import Claim, Result, Side, committed, results, verdict
 
 # %% ../../nbs/836_claims.ipynb #e55956ee
 def _lead(experiment, better, worse, corpora=("iemocap", "meld")):
@@ -139,7 +138,8 @@ CLAIMS: list[Claim] = [
             "sure/table2", "SURE, text + audio", name,
             _lead("sure/table2", "SURE, three modalities", name))
         for kind, names in (
-            ("graph-based", ("MMGCN", "MM-DFN", "Joyful")), ("fusion-based", ("SDT-style", "DF-ERC")))
+            ("graph-based", ("MMGCN", "MM-DFN", "Joyful")),
+            ("fusion-based", ("SDT-style", "DF-ERC")))
         for name in names),
     _claim(
         "the uncertainty-aware mixture of experts helps", "SURE, Table 3", "sure/table3",
