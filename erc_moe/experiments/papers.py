@@ -386,6 +386,21 @@ declare(Experiment(
 
 # %% ../../nbs/833_declared.ipynb #5041cb7f
 _BENCHMARKS = ("iemocap", "meld", "mosi", "emorynlp")
+def _above(better, names, source, paper={}):
+    return tuple(
+        dict(
+            says=f"{better} is better than {name}", better=better, worse=name, source=source,
+            paper=paper.get(name, {}))
+        for name in names)
+_ORDER = (
+    *_above(
+        "MiSTER-E", ("HCAM", "MultiEMO", "MMGAT-EMO"), "MiSTER-E, section 4.6",
+        {"HCAM": points(0.6, 2.6), "MultiEMO": points(2.6, 1.1)}),
+    *_above(
+        "MiSTER-E", ("DF-ERC", "TelME's fusion", "CFN-ESA", "Mamba-like"),
+        "MiSTER-E, section 4.3"),
+    *_above("SURE", ("MMGCN", "MM-DFN", "Joyful"), "SURE, section 3.2, graph-based methods"),
+    *_above("SURE", ("SDT-style", "DF-ERC"), "SURE, section 3.2, fusion-based methods"))
 for _name, _title, _corpora, _seeds, _protocol in (
     ("strict", "Which systems can be told apart?", _BENCHMARKS, 5, ""),
     ("sessions", "And over all five sessions of IEMOCAP?", find_experiment(
@@ -394,4 +409,5 @@ for _name, _title, _corpora, _seeds, _protocol in (
 ):
     declare(Experiment(
         f"leaderboard/{_name}", _title, "our own", _corpora, seeds=_seeds, reference="MiSTER-E",
+        claims=_ORDER if _name == "strict" else (),
         rows=tuple(replace(row, protocol=_protocol) for row in _frozen(*_ALL))))
