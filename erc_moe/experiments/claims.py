@@ -196,9 +196,9 @@ def open_claims(
                 made = missing_stores(cell, stores).values() if cell else ()
                 needs |= dict.fromkeys([row.command] if row.command else [*made, train])
             if needs:
-                paper = f"{c.paper[corpus]:+g}".replace("-", "−") if corpus in c.paper else ""
+                paper = f"{c.paper[corpus]:+.{e.decimals}f}" if corpus in c.paper else ""
                 lines.append(dict(
-                    claim=c.says, source=c.source, corpus=corpus, paper=paper,
+                    claim=c.says, source=c.source, corpus=corpus, paper=paper.replace("-", "−"),
                     needs="; ".join(needs)))
     return pd.DataFrame(lines, columns=["claim", "source", "corpus", "paper", "needs"])
 
