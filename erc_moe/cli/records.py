@@ -131,11 +131,13 @@ def reproduce(args):
     if args.reading == "claims": show_claims(args, ledger, chosen)
     elif args.reading == "numbers": show_numbers(args, ledger, chosen)
     else: show_tables(args, ledger, chosen)
+    cited = any(row.paper for e in chosen for row in e.rows)
     print(
         "\nweighted F1 in percent, mean ± standard deviation over seeds; strict: epoch "
         "chosen on validation, test-selected: on test; refit: trained on train and validation, as "
-        "many epochs as cross-validation says; paper: the paper's number, of its own features and "
-        "code; differences with the 95 % interval over test conversations and seeds, seed by seed; p, Holm: corrected for all comparisons of the "
+        "many epochs as cross-validation says; "
+        + cited*"paper: the paper's number, of its own features and code; "
+        + "differences with the 95 % interval over test conversations and seeds, seed by seed; p, Holm: corrected for all comparisons of the "
         "table; detectable: what four such test sets in five would have shown")
     if (old := sum(r["code"] != experiments.code_of(r["cell"]["model"]) for r in records)):
         print(
