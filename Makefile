@@ -95,6 +95,9 @@ bench: setup     ## speed and memory of the paper-size models and of many traini
 	$(BIN)/python benchmarks/systems.py --steps 5 --save results/benchmark-systems.json
 	$(BIN)/python benchmarks/reproduce.py --save results/benchmark-reproduce.json
 	$(BIN)/python benchmarks/memory.py --save results/benchmark-memory.json
+	$(BIN)/python benchmarks/features.py --save results/benchmark-features.json
+	rm -f results/benchmark-scaling.json
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/tuning.py --encoder mpnet --frozen 8 --utterances 96 --save results/benchmark-tuning.json
 
 wheel: setup     ## build the wheel and try it in a clean environment

@@ -24,6 +24,7 @@ from erc_moe.features import (
     Extractor, FeaturePipeline, FeatureStore, TextEncoder, atomic_write, extract)
 from erc_moe.features.pipeline import fit_scale, relative_to_conversation, scale
 from erc_moe.features.published import PUBLISHED, Published
+from erc_moe.features.speech import OpenSmile
 from erc_moe.features.text import token_batches
 from erc_moe.files import sha256_file
 from erc_moe.recordings import read_sound
@@ -271,6 +272,13 @@ def test_a_streamed_wav_without_a_length_is_read(tmp_path):
     data[4:8], data[at:at + 4] = b"\xff"*4, b"\xff"*4  # what a program writes that pipes its output
     (tmp_path/"clip.wav").write_bytes(data)
     assert len(read_sound(tmp_path/"clip.wav", 16000)[0]) == 16000
+
+
+def test_clips_have_the_same_rows_in_any_order_and_number_of_processes():
+    clips = [u.audio for c in load_corpus("sample").conversations for u in c.utterances][:66]
+    together = OpenSmile(workers=2).rows(clips)
+    backwards = OpenSmile(workers=1).rows(clips[::-11])
+    assert np.array_equal(together[::-11], backwards) and len(together) == 66
 
 
 # Scaling
