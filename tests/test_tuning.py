@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast)
 
 from erc_moe.cli import main
 from erc_moe.conversations import DataError
@@ -82,22 +84,22 @@ def tuning(encoder, table, out, *more):
         "--out", str(out), *more]
 
 
-def launched(count, call, tmp_path):
+def launched(count, call, tmp_path, before=""):
     "The command that runs `call` in so many processes."
     script = tmp_path/"script.py"
-    script.write_text(f"import sys; from erc_moe.cli import main; sys.exit({call})")
+    script.write_text(f"{before}import sys; from erc_moe.cli import main; sys.exit({call})")
     if count == 1: return [sys.executable, str(script)]
     return [    # accelerate launch --cpu starts one, whatever number it is asked for
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
         str(count), str(script)]
 
 
-def processes(count, call, tmp_path):
-    command = launched(count, call, tmp_path)
+def processes(count, call, tmp_path, before="", rc=0):
+    command = launched(count, call, tmp_path, before)
     done = subprocess.run(
         command, capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == rc, done.stderr[-3000:]
     return done.stdout
 
 
@@ -207,9 +209,110 @@ def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
         tune("text", str(encoder), str(table), shard=True, changes=dict(cache="float16"))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(DataError, match="told to use DEEPSPEED.*add --shard"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(DataError, match="told to use FSDP.*add --shard"):
         tune("text", str(encoder), str(table))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(DataError, match="shares of its own.*Leave out --shard"):
+        tune("text", str(encoder), str(table), shard=True)
+    with pytest.raises(DataError, match="GPUs alone.*Leave out --device cpu"):
+        tune("text", str(encoder), str(table), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(encoder, tmp_path_factory):
+    "A tiny random LLaMA with the same tokenizer, and a table whose utterances are all of a length."
+    folder = tmp_path_factory.mktemp("llama")
+    words = AutoTokenizer.from_pretrained(encoder)
+    words.save_pretrained(folder/"llama")
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=32)).save_pretrained(folder/"llama")
+    rng = np.random.default_rng(0)
+    pd.DataFrame([
+        dict(conversation=f"{split}{i//8}", speaker="AB"[i % 2], split=split,
+             text=" ".join(rng.choice(WORDS, 5)), label=["joy", "anger"][i % 2])
+        for split, n in (("train", 32), ("validation", 8), ("test", 8)) for i in range(n)
+    ]).to_csv(folder/"talk.csv", index=False)
+    return folder
+
+
+# accelerate takes DeepSpeed to GPUs alone: only that it takes gloo on a CPU is said here, DeepSpeed
+# itself is what it is
+ON_CPU = """from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.NO)
+"""
+
+
+def with_lora(llama, out, *sets):
+    sets = [x for s in (
+        "adaptation=lora", "frozen_layers=0", "dropout=0", "lora_dropout=0", "width=8",
+        "pooling=attentive", "recompute=true", "batch_size=4", "buckets=false", "lr=1e-3", *sets)
+        for x in ("--set", s)]
+    return [
+        "tune", "--encoder", str(llama/"llama"), "--corpus", str(llama/"talk.csv"), *sets, "--out",
+        str(out), "--checkpoint-seconds", "0"]
+
+
+@pytest.fixture(scope="module")
+def alone(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    call = with_lora(llama, folder/"run", "accumulate=4", "epochs=3")
+    processes(1, f"main({[*call, '--seeds', '2', '--device', 'cpu']!r})", folder)
+    return TunedRun(folder/"run")
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_what_one_process_gives(llama, alone, tmp_path, stage, monkeypatch):
+    """ZeRO in two processes, two batches of each a step: the same checkpoint to a twentieth of a
+    step (a gradient near 0 has no more in common), for each seed."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    call = with_lora(llama, tmp_path/"run", "accumulate=2", "epochs=3") + ["--seeds", "2"]
+    processes(2, f"main({call!r})", tmp_path, ON_CPU)
+    run = TunedRun(tmp_path/"run")
+    for name in ("parameters", "trained"): assert run.summary[name] == alone.summary[name]
+    for seed in (0, 1):
+        one, shared = (load_file(r.encoder_folder(seed)/"encoder.safetensors") for r in (alone, run))
+        assert one.keys() == shared.keys()
+        assert any(".lora_B." in n and x.abs().max() > 1e-4 for n, x in one.items()), "tuned"
+        for n, x in one.items(): torch.testing.assert_close(shared[n], x, atol=5e-5, rtol=0)
+        for a, b in zip(alone.log(seed), run.log(seed)):
+            assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+            assert a["validation"] == pytest.approx(b["validation"])
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stopped_deepspeed_carries_on(llama, tmp_path, stage, monkeypatch):
+    "To the weights of a training that was not stopped; and without DeepSpeed."
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    stop = ON_CPU + """import os
+import erc_moe.training.loop as loop
+class Bar(loop.tqdm):
+    def update(self): self.n += 1; self.n < 4 or os._exit(1)
+loop.tqdm = Bar
+"""
+    runs = {name: with_lora(llama, tmp_path/name, "epochs=6") + ["--seeds", "1"]
+            for name in ("whole", "stopped")}
+    processes(2, f"main({runs['whole']!r})", tmp_path, ON_CPU)
+    assert processes(2, f"main({runs['stopped']!r})", tmp_path, stop, rc=1) is not None
+    checkpoint = tmp_path/"stopped/seed-0/checkpoint.pt"
+    assert len(torch.load(checkpoint, weights_only=True)["log"]) == 3
+    shutil.copytree(tmp_path/"stopped", tmp_path/"other")
+    processes(2, f"main({runs['stopped']!r})", tmp_path, ON_CPU)
+    states = [load_file(TunedRun(tmp_path/n).encoder_folder()/"encoder.safetensors")
+              for n in ("whole", "stopped")]
+    for n, x in states[0].items(): torch.testing.assert_close(states[1][n], x, atol=1e-6, rtol=0)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    call = with_lora(llama, tmp_path/"other", "epochs=6") + ["--seeds", "1", "--device", "cpu"]
+    processes(1, f"main({call!r})", tmp_path)
+    assert [e["epoch"] for e in TunedRun(tmp_path/"other").log()] == [*range(1, 7)]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,13 @@ def given(args):
         "or a name on the Hugging Face hub (default: meld).",
     ),
     option(
+        "--code",
+        complete="file",
+        metavar="FILE.py:CLASS",
+        help="Where the class of a model of your own is, when --model is a run of it. What the "
+        "run's folder says of it is not run.",
+    ),
+    option(
         "--out",
         complete="file",
         metavar="FILE",
@@ -170,7 +177,7 @@ def predict(args):
         if args.listen is not None and other:
             raise argparse.ArgumentTypeError(f"--listen and {name}: give one of them")
     from erc_moe import load
-    predictions = load(args.model).predict(
+    predictions = load(args.model, code=args.code).predict(
         given(args), args.transcript, without=tuple(args.without), seed=args.seed,
         missing=args.missing, precision=args.precision or "fp32",
         sources={m: s for m in ("text", "speech", "visual") if (s := getattr(args, m))})

@@ -159,10 +159,11 @@ def train_seed(
 # %% ../../nbs/822_run_folders.ipynb #dd69c80d
 def _write_seed(folder, held, corpus, seed, fitted, protocol):
     model, mine = held.model, first_process()
+    size = lambda p: getattr(p, "ds_numel", p.numel())    # DeepSpeed leaves a share, and tells
     result = dict(
         seed=seed, seconds=fitted.seconds, epochs=len(fitted.log),
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        parameters=sum(map(size, model.parameters())),
+        trained=sum(size(p) for p in model.parameters() if p.requires_grad))
     device = next(model.parameters()).device
     data = {
         s: dataset(model, corpus.splits[s], corpus.labels, device) for s in ("validation", "test")}

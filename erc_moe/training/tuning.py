@@ -191,13 +191,26 @@ def start_from(
                 p.copy_(state[name])
 
 # %% ../../nbs/604_tuning.ipynb #5c8bb1c6
-def check_launch():
-    "`DataError` where accelerate was told to lay out the model itself, which the loop does."
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise DataError(
-                f"accelerate launch was told to use {name}, and models in shards are made here",
-                "Start it plainly, accelerate launch --multi_gpu, and add --shard to erc_moe tune.")
+def check_launch(
+    shard: bool,      # as `tune` is asked
+    device: str,
+) -> bool:            # whether DeepSpeed shares out the model
+    "`DataError` where accelerate was told of shares in a way that does not go together."
+    told = lambda name: os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+    if told("FSDP"):
+        raise DataError(
+            "accelerate launch was told to use FSDP, and models in shards are made here",
+            "Start it plainly, accelerate launch --multi_gpu, and add --shard to erc_moe tune.")
+    if not told("DEEPSPEED"): return False
+    if shard:
+        raise DataError(
+            "accelerate launch was told to use DeepSpeed, which makes shares of its own",
+            "Leave out --shard.")
+    if device == "cpu":
+        raise DataError(
+            "accelerate runs DeepSpeed on GPUs alone",
+            "Leave out --device cpu, or start without DeepSpeed and with --shard.")
+    return True
 
 # %% ../../nbs/604_tuning.ipynb #c9e3ebdf
 def tune(
@@ -226,7 +239,7 @@ def tune(
 ) -> TunedRun:
     """Tune an encoder on the train labels, with the epoch chosen as the protocol says; finished
     encoders are not tuned again, a stopped one carries on."""
-    check_launch()
+    zero = check_launch(shard, device)
     if modality not in TUNING:
         raise DataError(f"there is no encoder for {modality!r}", f"There are {', '.join(TUNING)}.")
     if preset not in TUNING[modality]:
@@ -252,10 +265,10 @@ def tune(
     else: parsed = parse_changes(changes or [], training, config)
     training, config = replace(training, **parsed[0]), replace(config, **parsed[1])
     placing = {}
-    if shard:
-        from erc_moe.training.shards import Shards, check_shards
-        check_shards(config)
-        placing = dict(placing=Shards)
+    if shard or zero:
+        from erc_moe.training.shards import Shards, Zero, check_shards
+        check_shards(config, 1 if zero else 2)
+        placing = dict(placing=Zero if zero else Shards)
     folder, dealt = (
         Path(out) if out else temporary_folder(),
         deal_folds(corpus.splits["train"], folds) if folds else {})
