@@ -105,7 +105,8 @@ def find_model(
     elif own and name not in MODELS:
         raise DataError(
             f"the model is {which} of a file called {Path(path).name}",
-            f"If you have that file and trust it, name it: --model PATH/{Path(path).name}:{which}.")
+            f"If you have that file and trust it, name it: --model PATH/{Path(path).name}:{which} "
+            f"(of predict: --code PATH/{Path(path).name}:{which}).")
     points = {p.name: p for p in entry_points(group=GROUP)} if name not in MODELS else {}
     if name in points: register(as_entry(points[name].load(), name))
     if name not in MODELS:

@@ -306,12 +306,14 @@ def load(
     revision: str|None = None,          # of the hub's: a commit or tag
     # for a run that was trained on feature stores, see `Predictor.of_run`
     encoders: dict[str, str|Path]|None = None,
+    code: str|None = None,    # of a run of your own model: its file and class, "my_model.py:MyModel"
 ) -> Predictor:
     "A trained model, ready to predict."
     if (PRETRAINED/str(name)/"config.json").is_file(): return Predictor.open(PRETRAINED/str(name))
     folder = Path(name)
     if (folder/"summary.json").is_file() or (folder/"settings.json").is_file():
-        return Predictor.of_run(folder, encoders)
+        from erc_moe.training.runs import Run
+        return Predictor.of_run(Run(folder, code), encoders)
     if folder.is_dir(): return Predictor.open(folder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise DataError(f"there is no model {str(name)!r}", HOW)

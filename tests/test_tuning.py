@@ -277,7 +277,8 @@ def test_deepspeed_gives_what_one_process_gives(llama, alone, tmp_path, stage, m
     run = TunedRun(tmp_path/"run")
     for name in ("parameters", "trained"): assert run.summary[name] == alone.summary[name]
     for seed in (0, 1):
-        one, shared = (load_file(r.encoder_folder(seed)/"encoder.safetensors") for r in (alone, run))
+        one, shared = (
+            load_file(r.encoder_folder(seed)/"encoder.safetensors") for r in (alone, run))
         assert one.keys() == shared.keys()
         assert any(".lora_B." in n and x.abs().max() > 1e-4 for n, x in one.items()), "tuned"
         for n, x in one.items(): torch.testing.assert_close(shared[n], x, atol=5e-5, rtol=0)
