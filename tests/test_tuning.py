@@ -209,6 +209,8 @@ def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
         tune("text", str(encoder), str(table), shard=True, changes=dict(cache="float16"))
+    with pytest.raises(DataError, match="packed in four bits.*four_bit=false --set dtype=bfloat16"):
+        tune("text", str(encoder), str(table), shard=True, changes=dict(four_bit=True))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(DataError, match="told to use FSDP.*add --shard"):
         tune("text", str(encoder), str(table))
@@ -281,7 +283,9 @@ def test_deepspeed_gives_what_one_process_gives(llama, alone, tmp_path, stage, m
             load_file(r.encoder_folder(seed)/"encoder.safetensors") for r in (alone, run))
         assert one.keys() == shared.keys()
         assert any(".lora_B." in n and x.abs().max() > 1e-4 for n, x in one.items()), "tuned"
-        for n, x in one.items(): torch.testing.assert_close(shared[n], x, atol=5e-5, rtol=0)
+        for n, x in one.items():
+            if n == "pool.score.2.bias": continue    # softmax takes it away: its gradient is noise
+            torch.testing.assert_close(shared[n], x, atol=5e-5, rtol=0)
         for a, b in zip(alone.log(seed), run.log(seed)):
             assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
             assert a["validation"] == pytest.approx(b["validation"])

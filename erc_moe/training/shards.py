@@ -111,11 +111,15 @@ def check_shards(
         raise DataError(
             "shards need several processes, and there is one",
             "Start them: accelerate launch --num_processes 4 --module erc_moe tune --shard ...")
-    for name, plain in (("cache", "none"), ("four_bit", False)):
-        if getattr(config, name) != plain:
-            raise DataError(
-                f"{name} is {getattr(config, name)}, which needs the whole model in each process",
-                f"Leave out --shard, or take --set {name}={str(plain).lower()}.")
+    if getattr(config, "cache", "none") != "none":    # of text
+        raise DataError(
+            f"cache is {config.cache}, and frozen states are made by a whole model",
+            "Take --set cache=none, or start without shards.")
+    if config.four_bit:
+        raise DataError(
+            "four_bit is true, and weights packed in four bits are not cut into shards",
+            "Take --set four_bit=false --set dtype=bfloat16, or start without shards: each GPU then "
+            "holds all in four bits.")
 
 # %% ../../nbs/618_shards.ipynb #09048e77
 MOMENTS = ("exp_avg", "exp_avg_sq")    # of Adam
