@@ -210,7 +210,9 @@ def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch
     with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
         tune("text", str(encoder), str(table), shard=True, changes=dict(cache="float16"))
     with pytest.raises(DataError, match="packed in four bits.*four_bit=false --set dtype=bfloat16"):
-        tune("text", str(encoder), str(table), shard=True, changes=dict(four_bit=True))
+        tune(
+            "text", str(encoder), str(table), shard=True,
+            changes=dict(four_bit=True, adaptation="lora"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(DataError, match="told to use FSDP.*add --shard"):
         tune("text", str(encoder), str(table))
