@@ -306,7 +306,8 @@ def load(
     revision: str|None = None,          # of the hub's: a commit or tag
     # for a run that was trained on feature stores, see `Predictor.of_run`
     encoders: dict[str, str|Path]|None = None,
-    code: str|None = None,    # of a run of your own model: its file and class, "my_model.py:MyModel"
+    # of a run of your own model: its file and class, "my_model.py:MyModel"
+    code: str|None = None,
 ) -> Predictor:
     "A trained model, ready to predict."
     if (PRETRAINED/str(name)/"config.json").is_file(): return Predictor.open(PRETRAINED/str(name))
