@@ -137,8 +137,9 @@ def reproduce(args):
         "chosen on validation, test-selected: on test; refit: trained on train and validation, as "
         "many epochs as cross-validation says; "
         + cited*"paper: the paper's number, of its own features and code; "
-        + "differences with the 95 % interval over test conversations and seeds, seed by seed; p, Holm: corrected for all comparisons of the "
-        "table; detectable: what four such test sets in five would have shown")
+        + "differences with the 95 % interval over test conversations and seeds, seed by seed; "
+        "p, Holm: corrected for all comparisons of the table; detectable: what four such test sets "
+        "in five would have shown")
     # the file of a model of one's own is not run to see what it says today
     today = {m: experiments.code_of(m) for m in {r["cell"]["model"] for r in records}}
     if (old := sum(today[r["cell"]["model"]] not in ("", r["code"]) for r in records)):
