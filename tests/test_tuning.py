@@ -209,7 +209,7 @@ def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
         tune("text", str(encoder), str(table), shard=True, changes=dict(cache="float16"))
-    with pytest.raises(DataError, match="packed in four bits.*four_bit=false --set dtype=bfloat16"):
+    with pytest.raises(DataError, match="packs into bfloat16.*--set dtype=bfloat16"):
         tune(
             "text", str(encoder), str(table), shard=True,
             changes=dict(four_bit=True, adaptation="lora"))
@@ -259,6 +259,20 @@ def with_lora(llama, out, *sets):
     return [
         "tune", "--encoder", str(llama/"llama"), "--corpus", str(llama/"talk.csv"), *sets, "--out",
         str(out), "--checkpoint-seconds", "0"]
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_four_bits_in_shards(llama, tmp_path):
+    saved = []
+    for count, accumulate, more in ((1, 2, []), (2, 1, ["--shard"])):
+        call = with_lora(
+            llama, tmp_path/str(count), f"accumulate={accumulate}", "epochs=2", "four_bit=true",
+            "dtype=bfloat16", "recompute=false", "pooling=mean")
+        processes(
+            count, f"main({[*call, '--seeds', '1', '--device', 'cpu', *more]!r})", tmp_path)
+        saved.append(load_file(TunedRun(tmp_path/str(count)).encoder_folder()/"encoder.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    for n, x in saved[0].items(): torch.testing.assert_close(saved[1][n], x, atol=2e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

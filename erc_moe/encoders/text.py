@@ -91,7 +91,9 @@ def load_options(
                 "four_bit needs bitsandbytes, which is not installed",
                 "pip install bitsandbytes, or load without four_bit.")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            # packed as numbers of the other weights' kind, which can be cut into shards
+            bnb_4bit_quant_storage=torch.bfloat16)
     return options
 
 # %% ../../nbs/521_text_encoder.ipynb #73cf99fe

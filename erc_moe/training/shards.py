@@ -103,11 +103,11 @@ class Shards:
 
 # %% ../../nbs/618_shards.ipynb #4271e46d
 def check_shards(
-    config,                  # of an encoder
-    processes: int = 2,      # so many there must be at least
+    config,                # of an encoder
+    zero: bool = False,    # whether DeepSpeed makes them
 ):
     "`DataError` where an encoder cannot be tuned in shards."
-    if int(os.environ.get("WORLD_SIZE", 1)) < processes:
+    if not zero and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise DataError(
             "shards need several processes, and there is one",
             "Start them: accelerate launch --num_processes 4 --module erc_moe tune --shard ...")
@@ -115,11 +115,14 @@ def check_shards(
         raise DataError(
             f"cache is {config.cache}, and frozen states are made by a whole model",
             "Take --set cache=none, or start without shards.")
-    if config.four_bit:
+    if config.four_bit and zero:
         raise DataError(
-            "four_bit is true, and weights packed in four bits are not cut into shards",
-            "Take --set four_bit=false --set dtype=bfloat16, or start without shards: each GPU then "
-            "holds all in four bits.")
+            "four_bit is true, and DeepSpeed does not cut what is packed in four bits",
+            "Start without DeepSpeed and with --shard, or take --set four_bit=false.")
+    if config.four_bit and config.dtype != "bfloat16":
+        raise DataError(
+            "four_bit packs into bfloat16, and the other weights are in float32",
+            "Take --set dtype=bfloat16 too: shards have one kind of number.")
 
 # %% ../../nbs/618_shards.ipynb #09048e77
 MOMENTS = ("exp_avg", "exp_avg_sq")    # of Adam

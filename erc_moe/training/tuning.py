@@ -267,7 +267,7 @@ def tune(
     placing = {}
     if shard or zero:
         from erc_moe.training.shards import Shards, Zero, check_shards
-        check_shards(config, 1 if zero else 2)
+        check_shards(config, zero)
         placing = dict(placing=Zero if zero else Shards)
     folder, dealt = (
         Path(out) if out else temporary_folder(),
