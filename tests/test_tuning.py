@@ -270,7 +270,8 @@ def test_four_bits_in_shards(llama, tmp_path):
             "dtype=bfloat16", "recompute=false", "pooling=mean")
         processes(
             count, f"main({[*call, '--seeds', '1', '--device', 'cpu', *more]!r})", tmp_path)
-        saved.append(load_file(TunedRun(tmp_path/str(count)).encoder_folder()/"encoder.safetensors"))
+        encoder = TunedRun(tmp_path/str(count)).encoder_folder()
+        saved.append(load_file(encoder/"encoder.safetensors"))
     assert saved[0].keys() == saved[1].keys()
     for n, x in saved[0].items(): torch.testing.assert_close(saved[1][n], x, atol=2e-3, rtol=0)
 

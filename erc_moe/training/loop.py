@@ -172,17 +172,19 @@ def parameter_groups(
 def trained_state(
     model: nn.Module,
 ) -> dict[str, Tensor]:
-    "The state of `model` without its frozen parameters."
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: x for name, x in model.state_dict().items() if name not in frozen}
+    "The trained parameters and the buffers of `model`, without what is frozen."
+    kept = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: x for name, x in model.state_dict().items() if name in kept}
 
 # %% ../../nbs/602_training.ipynb #eb6a3530
 def load_trained(
     model: nn.Module,
     state: dict[str, Tensor],   # what `trained_state` gave
 ):
-    "Put `state` back; the frozen parameters stay what they are."
-    model.load_state_dict(model.state_dict() | state)
+    "Put `state` back; what is frozen stays what it is."
+    if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+        raise KeyError(f"{type(model).__name__} has no {', '.join(unknown)}")
 
 # %% ../../nbs/602_training.ipynb #d8beded1
 # protocol -> whose best epoch it keeps
