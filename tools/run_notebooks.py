@@ -21,7 +21,7 @@ def run(path: Path) -> float:
     "Execute one notebook in a fresh kernel from its own folder and write it back; seconds taken."
     nb, began = nbformat.read(path, as_version=4), time.perf_counter()
     NotebookClient(
-        nb, timeout=600, startup_timeout=300, kernel_name="python3",
+        nb, timeout=600, startup_timeout=300, kernel_name="python3", coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     for cell in nb.cells:
