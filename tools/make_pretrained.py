@@ -245,13 +245,13 @@ def main():
     said = predictor.predict(corpus.splits["test"], arrays=corpus.arrays)
     record["calibration"]["test"] = dict(
         before=reliability(said.calibrated(1/predictor.temperature)), after=reliability(said))
-    first = next(iter(predictor.models.values()))
+    first, made_with = next(iter(predictor.models.values())), provenance("cpu")
     predictor.save(out)
     record |= dict(
         corpus="meld", split_hash=corpus.split_hash, labels=corpus.labels,
         seeds=list(predictor.models), encoder=ENCODER, model=MODEL,
         modality_dropout=DROPOUT, test=test, command=COMMAND,
-        parameters=sum(p.numel() for p in first.parameters()), **provenance("cpu"),
+        parameters=sum(p.numel() for p in first.parameters()), **made_with,
         bytes=sum(p.stat().st_size for p in out.rglob("*.*") if p.name != "README.md"),
         encoder_alone={s: tuned.summary[s]["weighted_f1"]["mean"] for s in ("validation", "test")})
     record["validation"] |= validation
