@@ -40,6 +40,7 @@ def test_every_system_has_the_same_search():
 def test_the_presets_have_the_rates_of_the_table():
     rates = learning_rates()
     for name, entry in MODELS.items():
+        if not entry.model.__module__.startswith("erc_moe."): continue    # another test's
         of = rates.get(name, rates["mister_e"])    # its variants have no search of their own
         for corpus in ("iemocap", "meld", "mosi", "emorynlp", "sample", "mine"):
             changes = entry.training_changes("cpu", corpus)
