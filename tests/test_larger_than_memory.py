@@ -83,7 +83,7 @@ import resource, sys
 sys.path.insert(0, "tests")
 from test_larger_than_memory import Predictor, make_corpus, trained
 store, mapped, room = sys.argv[1], sys.argv[2] or None, int(sys.argv[3])
-corpus = make_corpus(train=300, turns=20)
+corpus = make_corpus(train=900, turns=20)
 trained(make_corpus(), store, None, epochs=1)       # what is loaded when it is needed first
 held = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1])*1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + room, held + room))
@@ -96,7 +96,7 @@ print("trained")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process' own memory")
 def test_a_corpus_is_trained_on_and_predicted_in_less_memory_than_its_features_take(tmp_path):
-    corpus, width = make_corpus(train=300, turns=20), 2500
+    corpus, width = make_corpus(train=900, turns=20), 2500
     features = sum(map(len, corpus.conversations))*width*4
     room = features*2//3
     store = make_store(tmp_path/"store", corpus, width, shard=1024)

@@ -29,6 +29,16 @@ from erc_moe.training.tuning import TunedRun, align, embed, tune
 WORDS = "good bad fine awful lovely it is was the day a".split()
 
 
+def write_talk(folder):
+    "A table of 48 short utterances of two people, in talk.csv."
+    rng = np.random.default_rng(0)
+    pd.DataFrame([
+        dict(conversation=f"{split}{i//8}", speaker="AB"[i % 2], split=split,
+             text=" ".join(rng.choice(WORDS, 5)), label=["joy", "anger"][i % 2])
+        for split, n in (("train", 32), ("validation", 8), ("test", 8)) for i in range(n)
+    ]).to_csv(folder/"talk.csv", index=False)
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     "A folder with a tiny random BERT and a tokenizer of a dozen words."
@@ -174,12 +184,7 @@ def test_two_processes_and_shards_give_what_one_process_gives(encoder, tmp_path)
     config = json.loads((plain/"config.json").read_text())
     (plain/"config.json").write_text(json.dumps(
         config | dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)))
-    rng = np.random.default_rng(0)
-    pd.DataFrame([
-        dict(conversation=f"{split}{i//8}", speaker="AB"[i % 2], split=split,
-             text=" ".join(rng.choice(WORDS, 5)), label=["joy", "anger"][i % 2])
-        for split, n in (("train", 32), ("validation", 8), ("test", 8)) for i in range(n)
-    ]).to_csv(tmp_path/"talk.csv", index=False)
+    write_talk(tmp_path)
     saved = {}
     for name, count, changes, more in (
         ("one", 1, ["accumulate=2"], []), ("two", 2, [], []), ("shards", 2, [], ["--shard"])
@@ -234,12 +239,7 @@ def llama(encoder, tmp_path_factory):
     LlamaModel(LlamaConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=32)).save_pretrained(folder/"llama")
-    rng = np.random.default_rng(0)
-    pd.DataFrame([
-        dict(conversation=f"{split}{i//8}", speaker="AB"[i % 2], split=split,
-             text=" ".join(rng.choice(WORDS, 5)), label=["joy", "anger"][i % 2])
-        for split, n in (("train", 32), ("validation", 8), ("test", 8)) for i in range(n)
-    ]).to_csv(folder/"talk.csv", index=False)
+    write_talk(folder)
     return folder
 
 

@@ -280,6 +280,7 @@ def check_classes(
         lines.append({
             "claim": f"{name} is the class with the lowest F1", "source": "section 5.2",
             "corpus": corpus,
-            "ours": f"{100*d.score:+.1f} ({100*d.low:+.1f} to {100*d.high:+.1f})".replace("-", "−"),
+            "ours": (f"{100*d.score:+.1f} ({100*d.low:+.1f} to "
+                     f"{100*d.high:+.1f})").replace("-", "−"),
             "seeds": len(r.records), "verdict": verdict(d)})
     return pd.DataFrame(lines)

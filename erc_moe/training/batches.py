@@ -31,7 +31,7 @@ def scoring_batches(
 # %% ../../nbs/829_batches.ipynb #f0382cb9
 class ConversationTensors:
     """A split's conversations as flat tensors, from which any batch is one gather; the features on
-    one device, all else on the CPU. Features that are mapped from a disk are read batch by batch."""
+    one device, all else on the CPU. Features mapped from a disk are read batch by batch."""
     def __init__(self,
         conversations: list[Conversation],    # with the features attached
         labels: list[str],                    # the label set, in class order

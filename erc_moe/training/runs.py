@@ -53,7 +53,8 @@ class Run:
                 if begun
                 else "Give a folder that erc_moe train wrote.")
         self.summary = read_json(
-            self.folder/"summary.json", "Repeat the command that trained it: it writes the file again.",
+            self.folder/"summary.json",
+            "Repeat the command that trained it: it writes the file again.",
             ("model", "corpus", "labels", "seeds", "features", "validation", "test"))
         for seed in self.summary["seeds"]:
             if type(seed) is not int or seed < 0:        # it names a folder
@@ -189,9 +190,11 @@ class Run:
             and corpus.split_hash != self.summary["split_hash"]
         ):
             raise DataError(
-                f"this is not the {corpus.name} that the run was trained on: its utterances, labels "
+                f"this is not the {corpus.name} that the run was trained on: "
+                "its utterances, labels "
                 "or splits differ, and what it trained on may be among what is scored",
-                "Give the corpus as it was; or say other=True (--other) to score it as another one.")
+                "Give the corpus as it was; or say other=True (--other) to score it as "
+                "another one.")
         prepared = self.pipeline.apply(corpus)
         return {
             s: gather_seeds([

@@ -160,7 +160,8 @@ def check_start(
             f"{run.folder} holds a {run.modality} encoder", f"Start from a {modality} one.")
     if folds and corpus.name in (run.summary["corpus"], *run.summary.get("also", ())):
         raise DataError(
-            f"the encoder of {run.folder} has seen all training labels of {corpus.name}, so no fold "
+            f"the encoder of {run.folder} has seen all training labels of {corpus.name}, "
+            "so no fold "
             "is without them",
             "Leave out --folds, or start from an encoder of other corpora.")
 
@@ -357,7 +358,8 @@ def embed(
     weights = [run.encoder_folder(seed, k)/"encoder.safetensors" for k in places]
     for lost in (w for w in weights if not w.is_file()):
         raise DataError(
-            f"there is no file {lost}", "Repeat the command that tuned it: it makes what is missing.")
+            f"there is no file {lost}",
+            "Repeat the command that tuned it: it makes what is missing.")
     revision = hashlib.sha256("".join(map(sha256_file, weights)).encode()).hexdigest()[:16]
     s, width = run.summary, run.summary["config"]["model"]["width"]
     width = width or run.encoder(seed).embedding_width
