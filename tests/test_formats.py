@@ -16,7 +16,7 @@ from recording_files import RATE, WRITERS, write_sound
 SOUNDS = {"talk.wav": None, "talk.flac": None, "talk.mp3": "libmp3lame", "talk.m4a": "aac",
           "talk.mp4": "aac"}
 TRANSCRIPTS = {"a.srt", "a.vtt", "a.TextGrid", "a.eaf", "x.json", "words.json"}
-LOSSY = 0.1         # a probability through AAC or MP3 may differ by so much
+LOSSY = 0.015       # probabilities through AAC or MP3 may differ by so much on average
 
 
 @pytest.fixture(scope="module")
@@ -69,28 +69,31 @@ def heard(model, folder: Path, sound: str, transcript):
     "What the model says of a recording."
     speakers = folder/"words.rttm" if transcript == "words.json" else None
     if isinstance(transcript, str): transcript = folder/transcript
-    said = model.predict(load_recording(folder/sound, transcript, speakers))
-    assert said.told == []
-    return said
+    return model.predict(load_recording(folder/sound, transcript, speakers))
 
 
 def agree(one, other, most=0.0):
-    "The same words from the same people, with the same probabilities, experts and gate."
+    """The same words from the same people, with the same probabilities, experts and gate: none of
+    them differs by more than `most` on average."""
     turns = [[(u.speaker, u.text) for u in p.conversations[0].utterances] for p in (one, other)]
     assert turns[0] == turns[1] and one.predicted == other.predicted
     parts = [[p.probabilities, p.gate, *p.experts.values()] for p in (one, other)]
-    apart = max(float(np.abs(a - b).max()) for a, b in zip(*parts))
+    apart = max(float(np.abs(a - b).mean()) for a, b in zip(*parts))
     assert apart <= most, f"{apart:.3f} apart"
 
 
 @pytest.mark.parametrize("transcript", sorted(TRANSCRIPTS))
 def test_every_transcript_gives_what_the_clips_give(model, talk, alone, transcript):
-    agree(heard(model, talk[0], "talk.wav", transcript), alone)
+    said = heard(model, talk[0], "talk.wav", transcript)
+    assert said.told == []
+    agree(said, alone)
 
 
 @pytest.mark.parametrize("sound", SOUNDS)
 def test_every_sound_gives_what_the_clips_give(model, talk, alone, sound):
-    agree(heard(model, talk[0], sound, "a.srt"), alone, LOSSY if SOUNDS[sound] else 0.0)
+    said = heard(model, talk[0], sound, "a.srt")
+    assert said.told == []
+    agree(said, alone, LOSSY if SOUNDS[sound] else 0.0)
 
 
 @pytest.mark.parametrize("sound", ["talk.wav", "talk.mp3"])
