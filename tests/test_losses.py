@@ -1,5 +1,7 @@
 "Losses: invariances that hold for any batch, and agreement with independent implementations."
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,11 +169,30 @@ def test_blocks_keep_every_conversation_and_stay_small(sizes):
 
 def test_contrastive_loss_does_not_depend_on_the_blocks(monkeypatch):
     _, labels, views, conversation, _ = draw(3, most=40)
-    losses = []
-    for rows in (1, 16, 64, 10_000):
+    views.requires_grad_()
+    found = []
+    for rows, pairs in ((1, 2**22), (16, 2**22), (10_000, 2**22), (1, 1), (64, 100), (10_000, 999)):
         monkeypatch.setattr("erc_moe.losses.contrastive.BLOCK_ROWS", rows)
-        losses.append(contrastive_loss(*views, labels, conversation))
-    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
+        monkeypatch.setattr("erc_moe.losses.contrastive.MOST_PAIRS", pairs)
+        loss = contrastive_loss(*views, labels, conversation)
+        found.append((loss, *torch.autograd.grad(loss, views)))
+    for other in found[1:]: torch.testing.assert_close(other, found[0])
+
+
+def test_contrastive_memory_grows_with_the_turns_not_with_their_pairs():
+    "5000 turns have 100 million pairs: 400 MB for each matrix that is kept, and 2 GB in all."
+    code = """
+import resource, torch
+from erc_moe.losses import contrastive_loss
+views = torch.randn(2, 5000, 8, requires_grad=True)
+labels, one = torch.randint(0, 7, (5000,)), torch.zeros(5000, dtype=torch.long)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+contrastive_loss(*views, labels, one).backward()
+print(peak() - before)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(said.stdout) < 1000    # MB
 
 
 @given(seeds)
