@@ -83,8 +83,10 @@ def test_an_extraction_killed_half_way_is_finished_by_the_next(tmp_path):
     killed = run("""
         import os, sys, numpy as np
         from erc_moe.features.store import Extractor, FeatureStore, extract
-        def compute(texts): return os._exit(9) if "25" in texts else np.array([[float(t)] for t in texts])
-        extract(FeatureStore(sys.argv[1], Extractor("e", "1", 1)), {str(i): str(i) for i in range(50)}, compute, rows=10)""", tmp_path)
+        def compute(texts):
+            return os._exit(9) if "25" in texts else np.array([[float(t)] for t in texts])
+        store, texts = FeatureStore(sys.argv[1], Extractor("e", "1", 1)), map(str, range(50))
+        extract(store, {t: t for t in texts}, compute, rows=10)""", tmp_path)
     assert killed.wait() == 9
     store, computed = FeatureStore(tmp_path, Extractor("e", "1", 1)), []
     assert len(store) == 20

@@ -69,7 +69,7 @@ def small_corpus(name, seed=0):
             conv = (
                 f"{split}_dia{i + (i > 1)}"
                 if name == "meld"
-                else f"Ses0{'1' if split == 'validation' else '5' if split == 'test' else '3'}F_impro{i:02d}"
+                else f"Ses0{dict(validation=1, test=5).get(split, 3)}F_impro{i:02d}"
             )
             uid = lambda j: (
                 f"{conv}_utt{j + (j > 2)}" if name == "meld" else f"{conv}_{'FM'[j % 2]}{j:03d}")

@@ -1,5 +1,5 @@
-"""Declared trials of stage 1: resumed, a line each, judged on validation alone; the script that runs
-them."""
+"""Declared trials of stage 1: resumed, a line each, judged on validation alone; the script that
+runs them."""
 import json
 import runpy
 import sys

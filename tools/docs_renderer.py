@@ -45,7 +45,7 @@ def as_exported(kind):
 
 
 def field_table(kind):
-    "A dataclass' fields: name, default, meaning, and place in the paper where the comments name it."
+    "A dataclass' fields: name, default, meaning, and place in the paper if the comments name it."
     told, rows = {}, []
     for base in reversed(as_exported(kind).__mro__):
         if dataclasses.is_dataclass(base):
