@@ -15,7 +15,7 @@ from ..base import ConversationModel, ModelConfig, ModelOutput, weighted_loss
 from ..conversations import ConversationBatch
 from ..losses import LossParts
 from ..ragged import Layout, dropout, upload
-from ..recurrence import bigru, packed
+from ..recurrence import bigru, lstm
 
 # %% ../../nbs/420_mmgcn.ipynb #37f95ac1
 @dataclass
@@ -191,9 +191,9 @@ class Mmgcn(ConversationModel):
         super().__init__(config)
         c = self.config
         self.inputs = nn.ModuleDict({m: nn.Linear(d, c.width) for m, d in c.widths.items()})
-        self.reader = nn.LSTM(
-            c.width, c.width // (2 - c.causal), 2, dropout=c.dropout, bidirectional=not c.causal
-        ) if "text" in c.widths else None
+        self.reader = nn.ModuleList(
+            nn.LSTM(c.width, c.width // (2 - c.causal), bidirectional=not c.causal)
+            for _ in range(2*("text" in c.widths)))
         self.speaker, self.own = (
             (None, OwnUtterances(c.width, c.dropout, c.causal)) if c.dynamic
             else (nn.Parameter(torch.zeros(c.speakers + 1, c.width)), None))
@@ -209,7 +209,10 @@ class Mmgcn(ConversationModel):
     ) -> Tensor:            # (M, D)
         "The text in its context."
         if not len(own.index): return x
-        return layout.flat(own.padded(packed([self.reader], [x[rows]], own)[0]))
+        first, second = self.reader
+        h = lstm([first], [x[rows]], own)[0]
+        h = lstm([second], [self.drop(h, self.config.dropout)], own)[0]
+        return layout.flat(own.padded(h))
 
     def of_speakers(self,
         x: Tensor,           # (S, M, D)
@@ -230,7 +233,7 @@ class Mmgcn(ConversationModel):
         host = layout.host
         added = self.of_speakers(
             x, self.presence(batch.host, host), host.flat(batch.host.speakers), layout)
-        if self.reader is not None:    # the text is the first modality
+        if len(self.reader):    # the text is the first modality
             read = self.read(x[0], *self.places(batch, layout)[0], layout)
             x = torch.cat([read[None].to(x), x[1:]])
         x = x + added                                                               # (S, M, D)
