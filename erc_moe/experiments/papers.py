@@ -384,6 +384,17 @@ declare(Experiment(
     ("iemocap", "iemocap@unlabelled_context=false"),
     rows=_frozen(*BASELINES, *_MODELS)))
 
+# %% ../../nbs/833_declared.ipynb #bf160002
+declare(Experiment(
+    "choices/precision",
+    "What does bfloat16 do to a score?",
+    "our own",
+    ("iemocap", "meld"),
+    rows=tuple(
+        replace(row, name=f"{row.name}, bf16" if bf16 else row.name,
+                changes=dict(precision="bf16") if bf16 else {})
+        for row in _MODELS for bf16 in (False, True))))
+
 # %% ../../nbs/833_declared.ipynb #5041cb7f
 _BENCHMARKS = ("iemocap", "meld", "mosi", "emorynlp")
 def _above(better, names, source, paper={}):
