@@ -56,6 +56,6 @@ def test_the_scaling_benchmark_carries_on_where_it_was_stopped(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process' own memory")
 def test_a_point_that_does_not_fit_says_so():
     told = subprocess.run(
-        [sys.executable, "benchmarks/scaling.py", "--memory", "1.5", "--seconds", "1", "--point",
+        [sys.executable, "benchmarks/scaling.py", "--memory", "0.7", "--seconds", "1", "--point",
          "turns", "mister_e", "5000"], cwd=ROOT, check=True, capture_output=True, text=True)
     assert json.loads(told.stdout)["train"] == dict(fits=False)
