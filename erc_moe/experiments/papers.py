@@ -263,7 +263,7 @@ declare(Experiment(
 
 # %% ../../nbs/833_declared.ipynb #f2ce4669
 # from below to above the optima: the rule takes the best on validation
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 def _rated(row, rate):
     return Row(f"{row.name}, {rate:g}", row.model, "frozen", changes=dict(lr=rate))
 declare(Experiment(

@@ -40,9 +40,9 @@ _ONE_PASS = dict(reading="conversation", max_tokens=384, batch_size=4, buckets=F
 TRIALS = (
     Trial("single utterances (base)"),
     Trial("one pass, two before, speakers", dict(context=2, speakers=True, **_ONE_PASS)),
-    Trial("two turns before", dict(context=2)),
     Trial("one pass, eight before, speakers", dict(context=8, speakers=True, **_ONE_PASS)),
     # the first round ends here
+    Trial("two turns before", dict(context=2)),
     Trial("averaged weights", dict(ema=.995)),
     Trial("rate 5e-5", dict(lr=5e-5)),
     Trial("rate 2e-4", dict(lr=2e-4)),
@@ -60,7 +60,7 @@ TRIALS = (
     Trial("five epochs", dict(epochs=5)),
     Trial("two before, two after", dict(context=2, context_after=2)),
     Trial("four turns before", dict(context=4)))
-FIRST_ROUND = 4
+FIRST_ROUND = 3
 OF_CORPUS = {    # what the base has beside on a corpus
     "meld": dict(), "iemocap": dict(epochs=5), "emorynlp": dict(epochs=4), "mosi": dict(epochs=6)}
 
