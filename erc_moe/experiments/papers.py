@@ -390,10 +390,10 @@ declare(Experiment(
     "What does bfloat16 do to a score?",
     "our own",
     ("iemocap", "meld"),
-    rows=tuple(
+    rows=_frozen(*(
         replace(row, name=f"{row.name}, bf16" if bf16 else row.name,
                 changes=dict(precision="bf16") if bf16 else {})
-        for row in _MODELS for bf16 in (False, True))))
+        for row in _MODELS for bf16 in (False, True)))))
 
 # %% ../../nbs/833_declared.ipynb #5041cb7f
 _BENCHMARKS = ("iemocap", "meld", "mosi", "emorynlp")
