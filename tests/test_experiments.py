@@ -287,6 +287,10 @@ def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
         mixed.add(ledger.find(cell) | (dict(code="older") if i else {}))
     with pytest.raises(DataError, match="not all trained with the same code.*--seeds 2"):
         results(TABLE, mixed)
+    # a table that declares one seed is not stopped by a further one of older code
+    one = results(replace(TABLE, rows=TABLE.rows[:1], seeds=1), mixed)
+    assert [r.seeds for r in one.values()] == [[0]]
+    assert len(results(replace(TABLE, seeds=1), ledger)[TABLE.rows[0].name, "sample"].seeds) == 2
 
 
 def test_a_detailed_record_is_of_the_strict_model(tmp_path):
