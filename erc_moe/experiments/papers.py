@@ -391,9 +391,8 @@ declare(Experiment(
     "our own",
     ("iemocap", "meld"),
     rows=_frozen(*(
-        replace(row, name=f"{row.name}, bf16" if bf16 else row.name,
-                changes=dict(precision="bf16") if bf16 else {})
-        for row in _MODELS for bf16 in (False, True)))))
+        replace(row, name=f"{row.name}, {precision}", changes=dict(precision=precision))
+        for row in _MODELS for precision in ("fp32", "bf16")))))
 
 # %% ../../nbs/833_declared.ipynb #5041cb7f
 _BENCHMARKS = ("iemocap", "meld", "mosi", "emorynlp")
