@@ -291,6 +291,13 @@ def test_seeds_of_other_code_have_no_mean(ledger, tmp_path):
     one = results(replace(TABLE, rows=TABLE.rows[:1], seeds=1), mixed)
     assert [r.seeds for r in one.values()] == [[0]]
     assert len(results(replace(TABLE, seeds=1), ledger)[TABLE.rows[0].name, "sample"].seeds) == 2
+    # and further ones alone are held to each other
+    late, record = Ledger(tmp_path/"late"), ledger.find(cell)
+    late.set_truth(load_corpus("sample"))
+    for seed, code in ((2, "older"), (3, "newer")):
+        late.add(record | dict(code=code, cell=record["cell"] | dict(seed=seed)))
+    with pytest.raises(DataError, match="not all trained with the same code"):
+        results(TABLE, late)
 
 
 def test_a_detailed_record_is_of_the_strict_model(tmp_path):

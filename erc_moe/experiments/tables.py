@@ -97,9 +97,8 @@ def results(
         for corpus in e.corpora:
             cells = [row.cell(corpus, preset, seed) for seed in range(100)]
             records = [r for c in cells if c and (r := ledger.find(c, row.detail))]
-            # seeds beyond the declared ones count where they were made alike
-            made = {_made(r) for r in records if r["cell"]["seed"] < e.seeds}
-            if len(made) == 1: records = [r for r in records if _made(r) in made]
+            declared = [r for r in records if r["cell"]["seed"] < e.seeds]
+            made = {_made(r) for r in declared or records}
             if len(made) > 1:
                 raise DataError(
                     f"{row.name} on {corpus}: its {len(records)} seeds were not all "
@@ -107,6 +106,8 @@ def results(
                     "no mean",
                     f"Run erc_moe reproduce {e.name} --seeds "
                     f"{records[-1]['cell']['seed'] + 1}, which trains the old ones again.")
+            # further seeds count where they were made alike
+            records = [r for r in records if _made(r) in made]
             if row.ensemble:
                 records = [r for r in records[:e.seeds] if "probabilities" in r]
                 if len(records) < e.seeds: continue
