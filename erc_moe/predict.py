@@ -77,7 +77,7 @@ def _conversations(path):
 
 def _read_words(what, transcript):
     if is_chat(what):
-        from erc_moe.recordings.transcripts import read_chat    # a run's own corpus needs no reader
+        from erc_moe.recordings.turns import read_chat    # a run's own corpus needs no reader
         told = []
         turns = [(t.speaker, t.text) for t in read_chat(what, "the chat", told)]
         return *read_conversations(turns)[:2], told

@@ -2,4 +2,5 @@
 from .core import join_scene, load_recording
 from .listen import listen, load_whisper
 from .sound import prepare_sounds, read_sound, resample, sound_fault, sound_key, sound_length
-from .transcripts import Turn, read_transcript
+from .transcripts import read_transcript
+from .turns import Turn

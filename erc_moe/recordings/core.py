@@ -18,7 +18,8 @@ from ..corpora.files import some
 from .listen import listen
 from .sound import (
     SHORTEST, SLACK, read_sound, sound_fault, sound_length, sound_note)
-from .transcripts import Turn, check_turns, read_transcript
+from .transcripts import read_transcript
+from .turns import Turn, check_turns
 
 # %% ../../nbs/514_recordings.ipynb #110b338d
 def join_scene(

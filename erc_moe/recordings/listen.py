@@ -13,7 +13,7 @@ import numpy as np
 
 from ..conversations import Clip, DataError
 from .sound import SHORTEST, read_sound, sound_length
-from .transcripts import Turn
+from .turns import Turn
 
 # %% ../../nbs/513_listening.ipynb #fefccbbb
 RATE = 16000      # samples per second that Whisper hears

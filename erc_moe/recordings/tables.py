@@ -17,7 +17,7 @@ import soundfile
 from ..conversations import Clip, DataError
 from .files import FORMATS, quiet
 from .sound import SHORTEST, SLACK
-from .transcripts import parse_seconds
+from .turns import parse_seconds
 
 # %% ../../nbs/515_recordings_in_tables.ipynb #2376bfea
 def claimed_seconds(
