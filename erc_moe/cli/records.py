@@ -39,7 +39,8 @@ def show_claims(args, ledger, chosen):
     made += [c for e in chosen for c in tables.claims_of(e)]
     judged = tables.check(made, ledger, args.preset)
     show(judged)
-    if "mister_e/table2" in names: print(); show(claims.check_gate(ledger, args.preset))
+    for name, check in (("mister_e/table2", claims.check_gate), ("sure/noise", claims.check_noise)):
+        if name in names: print(); show(check(ledger, args.preset))
     if (open_ := sum(len(c.corpora) for c in made) - len(judged)):
         print(f"{open_} verdicts have no records yet")
 

@@ -182,7 +182,7 @@ def train_cell(
         config={k: said[k] for k in ("model", "training")},
         parameters=sum(p.numel() for p in model.parameters()), seconds=round(fitted.seconds, 1),
         **device_said)
-    if detail: record |= details(model, corpus, scores["test"], on)
+    if detail: record |= details(model, corpus, scores["test"], on, cell.seed)
     return record
 
 # %% ../../nbs/832_reproduce.ipynb #55b71c0c
