@@ -47,7 +47,7 @@ def interval(
 BOARD = {    # as the table calls it -> the experiment of its strict scores, its corpora
     "iemocap": ("leaderboard/strict", ("iemocap",)),
     "iemocap, five sessions": (
-        "leaderboard/sessions", (*(f"iemocap@session-{k}" for k in range(1, 5)), "iemocap")),
+        "choices/sessions", (*(f"iemocap@session-{k}" for k in range(1, 5)), "iemocap")),
     "meld": ("leaderboard/strict", ("meld",)), "mosi": ("leaderboard/strict", ("mosi",)),
     "emorynlp": ("leaderboard/strict", ("emorynlp",))}
 
@@ -138,7 +138,7 @@ def estimate(
             like = np.median(seconds["mister_e", corpus])
             once = like*speed["mister_e"]/speed.get(cell.model, speed["mister_e"])
         return once*(1 + REFIT_FOLDS*(cell.protocol == "refit"))
-    for name in ("leaderboard/strict", "leaderboard/sessions", "leaderboard/refit"):
+    for name in ("leaderboard/strict", "choices/sessions", "leaderboard/refit"):
         cells = [c for c, _ in find_experiment(name).cells(preset)]
         todo = [c for c in cells if not ledger.find(c)]
         lines.append({

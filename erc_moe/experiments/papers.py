@@ -304,7 +304,7 @@ declare(Experiment(
     "our own",
     (*(f"iemocap@session-{k}" for k in range(1, 5)), "iemocap"),
     reference="MiSTER-E",
-    rows=_frozen(*BASELINES, *_MODELS)))
+    rows=_frozen(*_ALL)))
 
 # %% ../../nbs/833_declared.ipynb #904a8242
 _CHOICES = {
@@ -353,8 +353,6 @@ declare(Experiment(
         for protocol in ("", "refit", "released"))))
 
 # %% ../../nbs/833_declared.ipynb #27de448f
-def _past_only(row, **more):
-    return replace(row, changes=dict(causal=True), **more)
 declare(Experiment(
     "choices/past",
     "What is the future worth?",
@@ -363,15 +361,19 @@ declare(Experiment(
     reference="MiSTER-E, past only",
     rows=(
         *_few("dialogue_rnn", "sdt"), *_MODELS,
-        *(_past_only(row, name=f"{row.name}, past only") for row in (*_few("sdt"), *_MODELS)))))
+        *(
+            replace(row, name=f"{row.name}, past only", changes=dict(causal=True))
+            for row in (*_few("sdt"), *_MODELS)))))
 declare(Experiment(
     "choices/window",
     "How much of the past is needed?",
     "our own",
     ("iemocap",),
     rows=tuple(
-        _past_only(row, name=f"{row.name}, {words}", past=k, at=k)
-        for row in (*_few("sdt"), Row("MiSTER-E"))
+        replace(
+            row, name=f"{row.name}, {words}", changes=dict(causal=True) | row.changes, past=k,
+            at=k)
+        for row in (*_few("sdt"), Row("MiSTER-E", changes=dict(contrastive_weight=0.0)))
         for k, words in (
             (1, "1 turn before"), (2, "2 turns before"), (4, "4 turns before"),
             (8, "8 turns before"), (None, "all turns before")))))
@@ -413,8 +415,6 @@ _ORDER = (
     *_above("SURE", ("SDT-style", "DF-ERC"), "SURE, section 3.2, fusion-based methods"))
 for _name, _title, _corpora, _seeds, _protocol in (
     ("strict", "Which systems can be told apart?", _BENCHMARKS, 5, ""),
-    ("sessions", "And over all five sessions of IEMOCAP?", find_experiment(
-        "choices/sessions").corpora, 3, ""),
     ("refit", "And trained on train and validation?", _BENCHMARKS, 1, "refit"),
 ):
     declare(Experiment(
