@@ -433,10 +433,48 @@ def test_several_corpora_ratings_and_a_start(encoder, table, tmp_path):
     for name, p in followed.encoder().named_parameters():
         if p.requires_grad: assert torch.equal(p, kept[name][:len(p)]), name
     for name in ("talk", "other"):
-        with pytest.raises(DataError, match=f"all training labels of {name}"):
+        with pytest.raises(DataError, match=f"has learnt from .* of {name} that are held out"):
             tune("text", str(encoder), replace(corpus, name=name), folds=2, **again)
     with pytest.raises(DataError, match="tuned with other settings .*--set adaptation"):
         tune("text", str(encoder), corpus, seeds=1, changes=small | dict(width=4), **again)
+
+
+def test_what_was_learnt_is_not_held_out_elsewhere(encoder, table, tmp_path):
+    """Rotated, a split's test is what the encoder has learnt: neither a start, nor embeddings, nor
+    a training on embeddings that were made before. A scene of another corpus' is found too."""
+    rng = np.random.default_rng(0)
+    say = lambda u: replace(u, text=" ".join(rng.choice(WORDS, 8)))
+    corpus = load_corpus(table).map(
+        lambda c: replace(c, utterances=[say(u) for u in c.utterances]))
+    small = dict(width=8, frozen_layers=0, epochs=1, batch_size=8)
+    same = dict(device="cpu", progress=False, seeds=1, changes=small)
+    run = tune("text", str(encoder), corpus, out=tmp_path/"run", **same)
+    assert {*run.learnt["talk"]} == {c.id for c in corpus.splits["train"]}
+    store = embed(run, corpus, tmp_path/"store", device="cpu")
+    rotated = replace(corpus, splits=dict(zip(corpus.splits, [*corpus.splits.values()][::-1])))
+    told = "has learnt from 10 of the 14 conversations of talk that are held out"
+    for use in (
+        lambda: tune("text", str(encoder), rotated, start=run.folder, **same),
+        lambda: embed(run, rotated, tmp_path/"again", device="cpu"),
+        lambda: train("context_free", rotated, text=str(store.path), seeds=1, device="cpu"),
+    ):
+        with pytest.raises(DataError, match=told): use()
+    train("context_free", corpus, text=str(store.path), seeds=1, device="cpu", changes=dict(
+        epochs=1), progress=False)
+
+    other = replace(corpus, name="other")    # the same scenes by another name
+    with pytest.raises(DataError, match="of other that are held out"):
+        tune("text", str(encoder), replace(rotated, name="other"), start=run.folder, **same)
+    beside = tune("text", str(encoder), rotated, also=[other], out=tmp_path/"beside", **same)
+    left = len(corpus.splits["train"]) - len(beside.learnt["other"])
+    assert left > 5, "those of two utterances and more"
+    assert any(f"{left} training conversations are scenes" in f for f in beside.summary["faults"])
+
+
+def test_a_past_only_model_refuses_features_that_read_ahead(tmp_path):
+    past = dict(changes=["causal=true", "epochs=1"], seeds=1, device="cpu", progress=False)
+    with pytest.raises(DataError, match="Take it as it is: --speech egemaps@corpus"):
+        train("mister_e", "sample", text="minilm", speech="egemaps", **past)
 
 
 def test_two_batches_of_four_are_one_of_eight(encoder, table, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from ..conversations import Conversation, DataError
 from ..corpora.core import Corpus
+from ..corpora.seen import marks, shared
 from ..losses import contrastive_loss
 
 # %% ../../nbs/528_more_signal.ipynb #6ccbb6f4
@@ -53,6 +54,8 @@ class Beside:
     conversations: list[Conversation] = field(default_factory=list)    # of other corpora
     labels: list[str] = field(default_factory=list)     # of their classes, corpus after corpus
     sizes: list[int] = field(default_factory=list)      # classes of each of them
+    # corpus -> its conversations that are scenes of what is held out, and so are not learnt
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     # utterance of the target -> float32 (R,), standardised; NaN: not rated
     ratings: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -61,13 +64,20 @@ def beside(
     corpus: Corpus,              # the target
     also: list[Corpus] = (),     # of which the training splits are learnt too
     rated: bool = False,         # whether its ratings are
+    folds: bool = False,         # whether training conversations are held out too, in their turn
 ) -> Beside:
-    "`DataError` where a corpus stands twice, and where there are no ratings."
+    """Conversations of `also` that are scenes of the target's held-out splits are left out;
+    `DataError` where a corpus stands twice, and where there are no ratings."""
     out, names = Beside(), [corpus.name]
+    held = [
+        c for s in ("validation", "test", *(["train"] if folds else []))
+        for c in corpus.splits.get(s, [])]
     for other in also:
         if other.name in names:
             raise DataError(f"the corpus {other.name} is named twice", "Name every corpus once.")
         names.append(other.name)
+        known = shared({c.id: marks(c) for c in other.splits["train"]}, held)
+        if known: out.left_out[other.name] = [*known]
         named = lambda label: label and f"{other.name}: {label}"
         out.conversations += [
             replace(
@@ -75,7 +85,7 @@ def beside(
                 utterances=[
                     replace(u, id=f"{other.name}/{u.id}", label=named(u.label))
                     for u in c.utterances])
-            for c in other.splits["train"]]
+            for c in other.splits["train"] if c.id not in known]
         out.labels += map(named, other.labels)
         out.sizes.append(len(other.labels))
     if rated:

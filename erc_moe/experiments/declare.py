@@ -60,6 +60,10 @@ FEATURES["unseen"] = FEATURES["crossfit"] | {"mosi": FEATURES["frozen"]["mosi"]}
 FEATURES["stage1"] = {
     c: FEATURES["crossfit" if c == "iemocap" else "tuned"][c] for c in ("iemocap", "meld")
 } | {c: FEATURES["frozen"][c] for c in ("mosi", "emorynlp", "sample")}
+# nothing of what comes later: no measure is standardised within its conversation
+FEATURES["past"] = {
+    c: s | {"speech": "+".join(f"{name}@corpus" for name in s["speech"].split("+"))}
+    for c, s in FEATURES["stage1"].items() if c in ("iemocap", "meld")}
 
 # %% ../../nbs/830_experiments.ipynb #919b774f
 @dataclass(frozen=True)

@@ -359,11 +359,11 @@ declare(Experiment(
     "our own",
     ("iemocap", "meld"),
     reference="MiSTER-E, past only",
-    rows=(
-        *_few("dialogue_rnn", "sdt"), *_MODELS,
-        *(
-            replace(row, name=f"{row.name}, past only", changes=dict(causal=True))
-            for row in (*_few("sdt"), *_MODELS)))))
+    rows=tuple(
+        replace(row, features="past") for row in (
+            *_few("dialogue_rnn", "sdt"), *_MODELS, *(
+                replace(row, name=f"{row.name}, past only", changes=dict(causal=True))
+                for row in (*_few("sdt"), *_MODELS))))))
 declare(Experiment(
     "choices/window",
     "How much of the past is needed?",
@@ -371,8 +371,8 @@ declare(Experiment(
     ("iemocap",),
     rows=tuple(
         replace(
-            row, name=f"{row.name}, {words}", changes=dict(causal=True) | row.changes, past=k,
-            at=k)
+            row, name=f"{row.name}, {words}", features="past",
+            changes=dict(causal=True) | row.changes, past=k, at=k)
         for row in (*_few("sdt"), Row("MiSTER-E", changes=dict(contrastive_weight=0.0)))
         for k, words in (
             (1, "1 turn before"), (2, "2 turns before"), (4, "4 turns before"),

@@ -27,6 +27,7 @@ from .ensembles import mean_probabilities
 from .inside import details
 from .ledger import Ledger, as_characters, code_hash
 from ..features import FeaturePipeline
+from ..features.sources import check_past
 from ..files import clear_partials, locked
 from ..models import find_model, register
 from ..training.loop import (
@@ -138,6 +139,8 @@ def train_cell(
     "Train, choose the epoch under both protocols, score both."
     corpus, widths, feature_hash = prepared(cell, data, cache, stores)
     config, training, said = keyed(cell, corpus, widths, feature_hash)
+    if getattr(config, "causal", False):
+        check_past({m: located(s, stores) for m, s in cell.features.items()}, corpus.arrays)
     if cell.past is not None:
         whole, corpus = corpus, windowed(corpus, cell.past)
         # as many utterances with a label in a batch, and steps in an epoch, as whole conversations

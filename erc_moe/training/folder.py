@@ -102,7 +102,7 @@ def begin_run(
     if not first_process(): return
     settings, there = json.loads(json.dumps(settings)), folder/"settings.json"
     # what a process that was stopped at once leaves
-    begun = ("features", "folds.json")
+    begun = ("features", "folds.json", "learnt.json")
     odd = [
         p.name for p in (folder.iterdir() if folder.exists() else ())
         if not p.name.startswith(".") and p.name not in begun]

@@ -23,6 +23,7 @@ from ..corpora.labels import ready_to_train
 from ..corpora.registry import as_split
 from ..features import FeaturePipeline, import_features
 from ..features.attach import attach
+from ..features.sources import check_past
 from ..files import read_json
 from ..models import find_model, parse_changes
 from .folder import (
@@ -299,7 +300,8 @@ def train(
             "no features were asked for",
             "Name a source for one modality at least, for example text=\"minilm\" (--text minilm).")
     # what cannot be is told before features are computed, whatever their widths will be
-    configure(model, corpus, dict.fromkeys(sources, 2), preset, changes)
+    config, _ = configure(model, corpus, dict.fromkeys(sources, 2), preset, changes)
+    if getattr(config, "causal", False): check_past(sources, corpus.arrays)
     pipeline = FeaturePipeline(sources, missing=missing).fit(corpus, cache, progress, mapped)
     prepared = pipeline.apply(corpus, cache=cache, mapped=mapped)
     config, training = configure(model, corpus, pipeline.widths, preset, changes)

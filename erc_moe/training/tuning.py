@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from ..conversations import Conversation, DataError
 from ..corpora import load_corpus
 from ..corpora.core import Corpus
+from ..corpora.files import some
 from ..corpora.labels import ready_to_train
 from ..corpora.registry import as_split
+from ..corpora.seen import check_unseen, learnt_from, read_learnt
 from ..encoders import ENCODERS, UtteranceEncoder, load_encoder
 from ..encoders.signal import beside
 from ..files import read_json, sha256_file, write_json
@@ -81,6 +83,11 @@ class TunedRun:
         self.labels, self.seeds, self.modality = (
             self.summary["labels"], self.summary["seeds"], self.summary["modality"])
         self.folds: dict[str, int] = self._read_folds() if self.summary["folds"] else {}
+
+    @property
+    def learnt(self) -> dict[str, dict[str, list[str]]]:
+        "What its encoders were tuned on: corpus -> conversation -> marks."
+        return read_learnt(self.folder)
 
     def _read_folds(self):
         path, folds = self.folder/"folds.json", self.summary["folds"]
@@ -154,15 +161,16 @@ def check_start(
     modality: str,
     folds: int,
 ):
-    "`DataError` where the start has seen labels that a fold must not know, or does not fit."
+    """`DataError` where the start has seen conversations that are held out, labels that a fold
+    must not know, or does not fit."""
     if run.modality != modality:
         raise DataError(
             f"{run.folder} holds a {run.modality} encoder", f"Start from a {modality} one.")
-    if folds and corpus.name in (run.summary["corpus"], *run.summary.get("also", ())):
-        raise DataError(
-            f"the encoder of {run.folder} has seen all training labels of {corpus.name}, "
-            "so no fold "
-            "is without them",
+    who = f"the encoder of {run.folder}"
+    check_unseen(run.learnt, corpus, who, fix="Start from an encoder of other conversations.")
+    if folds:
+        check_unseen(
+            run.learnt, corpus, who, ("train",),
             "Leave out --folds, or start from an encoder of other corpora.")
 
 # %% ../../nbs/604_tuning.ipynb #c04693de
@@ -274,7 +282,10 @@ def tune(
         Path(out) if out else temporary_folder(),
         deal_folds(corpus.splits["train"], folds) if folds else {})
     others = [c if isinstance(c, Corpus) else load_corpus(c, data) for c in also]
-    extra = beside(corpus, others, rated=config.rating_weight > 0)
+    extra = beside(corpus, others, config.rating_weight > 0, folds > 0)
+    corpus = replace(corpus, faults=corpus.faults + [
+        f"{name}: {len(lost)} training conversations are scenes of {corpus.name} that are held "
+        f"out, and are not learnt ({some(lost)})." for name, lost in extra.left_out.items()])
     rated = len(next(iter(extra.ratings.values()), ()))
     config = replace(config, rated=rated, others=extra.sizes or None)
     first = start and TunedRun(start)
@@ -295,9 +306,15 @@ def tune(
         config=dict(model=described, training=asdict(training)))
     if others: settings |= dict(also={c.name: c.split_hash for c in others})
     if first: settings |= dict(start=sha256_file(first.encoder_folder()/"encoder.safetensors")[:16])
-    begin_run(
-        folder, settings,
-        lambda: write_json(folder/"folds.json", dealt) if folds else None)
+    learnt = learnt_from(
+        corpus, {
+            c.name: [x for x in c.splits["train"] if x.id not in extra.left_out.get(c.name, ())]
+            for c in others},
+        first.learnt if first else {})
+    def prepare():
+        write_json(folder/"learnt.json", learnt)
+        if folds: write_json(folder/"folds.json", dealt)
+    begin_run(folder, settings, prepare)
     options = dict(
         protocol=protocol, device=device, checkpoint_seconds=checkpoint_seconds, progress=progress,
         **placing)
@@ -354,6 +371,7 @@ def embed(
                 "(its split hash differs), yet shares it",
                 "Embed the corpus as it was tuned on.",
                 c.id)
+    check_unseen(run.learnt, corpus, f"the encoder of {run.folder}")
     places = [None, *range(run.summary["folds"])]
     weights = [run.encoder_folder(seed, k)/"encoder.safetensors" for k in places]
     for lost in (w for w in weights if not w.is_file()):
@@ -375,6 +393,7 @@ def embed(
             told | dict(seed=seed, others=others, config=s["config"])))
     content = contents([u for c in corpus.conversations for u in c.utterances], run.modality)
     store.check_content(content)
+    write_json(store.path/"learnt.json", run.learnt)
     groups, whole = {}, None    # encoders -> conversations
     for c in corpus.conversations:
         by = (
