@@ -17,14 +17,16 @@ from erc_moe.experiments.recipes import (
     BASE, OF_CORPUS, TRIALS, TrialLedger, core_minutes, planned, run_trials, trial_key)
 
 
-def listed(plan, corpora, results) -> pd.DataFrame:
+def listed(plan, corpora, results, data) -> pd.DataFrame:
     "The plan as a table, with estimates and what is on record."
     rows = []
     for name, trial in plan:
         corpus, changes = corpora[name], BASE | OF_CORPUS.get(name, {}) | trial.changes
         record = TrialLedger(results/f"{corpus.name}.jsonl").read().get(
             trial_key(trial, changes, corpus))
-        learnt = sum(label is not None for c in corpus.splits["train"] for label in c.labels)
+        learnt = sum(
+            label is not None for of in (corpus, *(load_corpus(n, data) for n in trial.also))
+            for c in of.splits["train"] for label in c.labels)
         minutes = core_minutes(
             trial.encoder, changes, learnt, sum(map(len, corpus.splits["validation"])))
         rows.append({
@@ -53,10 +55,10 @@ def main():
     plan = planned(wanted, tuple(t for t in TRIALS if t.name in (args.only or names)))
     try:
         corpora = {name: load_corpus(name, args.data) for name in wanted}
-        if args.list: return print(listed(plan, corpora, args.results).to_string())
+        if args.list: return print(listed(plan, corpora, args.results, args.data).to_string())
         for name, trial in plan:
             ledger = run_trials(
-                corpora[name], trials=(trial,), results=args.results, work=args.work,
+                corpora[name], args.data, (trial,), results=args.results, work=args.work,
                 device=args.device, tell=lambda line: print(line, flush=True))
     except DataError as e: parser.exit(1, f"{e}\n")
     for corpus in corpora.values():

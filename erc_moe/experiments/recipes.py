@@ -31,15 +31,19 @@ class Trial:
     changes: dict = field(default_factory=dict)  # fields of both configurations, over the base's
     encoder: str = "mpnet"
     seed: int = 0
+    corpora: tuple[str, ...] = ()        # on which it is tried; (): all
+    also: tuple[str|Corpus, ...] = ()    # corpora that are learnt beside
+    start: str = ""                      # the trial, before it, whose encoder is the start
 
 # %% ../../nbs/838_stage1_trials.ipynb #0b7419ad
 BASE = dict(
     adaptation="full", frozen_layers=-4, cache="float16", cache_gigabytes=60., lr=1e-4, epochs=3,
     batch_size=32)
 _ONE_PASS = dict(reading="conversation", max_tokens=384, batch_size=4, buckets=False)
+_TWO, _FRIENDS = dict(context=2, speakers=True, **_ONE_PASS), ("meld", "emorynlp")
 TRIALS = (
     Trial("single utterances (base)"),
-    Trial("one pass, two before, speakers", dict(context=2, speakers=True, **_ONE_PASS)),
+    Trial("one pass, two before, speakers", _TWO),
     Trial("one pass, eight before, speakers", dict(context=8, speakers=True, **_ONE_PASS)),
     # the first round ends here
     Trial("two turns before", dict(context=2)),
@@ -59,7 +63,18 @@ TRIALS = (
     Trial("six layers", dict(frozen_layers=-6)),
     Trial("five epochs", dict(epochs=5)),
     Trial("two before, two after", dict(context=2, context_after=2)),
-    Trial("four turns before", dict(context=4)))
+    Trial("four turns before", dict(context=4)),
+    # more to learn from, read in one pass
+    Trial("one pass, ratings", dict(rating_weight=.5, **_TWO), corpora=("iemocap",)),
+    Trial("one pass, EmoryNLP beside", _TWO, corpora=("meld",), also=("emorynlp",)),
+    Trial("one pass, MELD beside", _TWO, corpora=("emorynlp",), also=("meld",)),
+    Trial("one pass, MELD and EmoryNLP beside", _TWO, corpora=("iemocap",), also=_FRIENDS),
+    Trial(
+        "EmoryNLP beside, then MELD alone", _TWO, corpora=("meld",),
+        start="one pass, EmoryNLP beside"),
+    Trial(
+        "MELD beside, then EmoryNLP alone", _TWO, corpora=("emorynlp",),
+        start="one pass, MELD beside"))
 FIRST_ROUND = 3
 OF_CORPUS = {    # what the base has beside on a corpus
     "meld": dict(), "iemocap": dict(epochs=5), "emorynlp": dict(epochs=4), "mosi": dict(epochs=6)}
@@ -98,7 +113,9 @@ def planned(
     "The first round on every corpus, then the others."
     early = [t for t in trials if t in TRIALS[:FIRST_ROUND]]
     late = [t for t in trials if t not in early]
-    return [(corpus, t) for part in (early, late) for corpus in corpora for t in part]
+    return [
+        (corpus, t) for part in (early, late) for corpus in corpora for t in part
+        if corpus in t.corpora or not t.corpora or corpus not in OF_CORPUS]
 
 # %% ../../nbs/838_stage1_trials.ipynb #84e7d6d3
 class TrialLedger:
@@ -155,6 +172,8 @@ def trial_key(
     "The same for the same trial on the same split."
     told = [
         Pretrained(trial.encoder).weights, changes, trial.seed, corpus.split_hash, corpus.labels]
+    if trial.also or trial.start:
+        told.append([[getattr(c, "name", c) for c in trial.also], trial.start])
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/838_stage1_trials.ipynb #817125ba
@@ -172,14 +191,16 @@ def run_trials(
     corpus = corpus if isinstance(corpus, Corpus) else load_corpus(corpus, data)
     base = BASE | OF_CORPUS.get(corpus.known_as, {}) if base is None else base
     ledger = TrialLedger(Path(results)/f"{corpus.name}.jsonl")
+    keys = {t.name: trial_key(t, base | t.changes, corpus) for t in (*TRIALS, *trials)}
+    folder = lambda name: Path(work)/corpus.name/keys[name]
     for trial in trials:
-        changes = base | trial.changes
-        key = trial_key(trial, changes, corpus)
+        changes, key = base | trial.changes, keys[trial.name]
         if key in ledger.read(): continue
         tell(f"{corpus.name}: {trial.name}")
         run = tune(
-            "text", trial.encoder, corpus, seeds=[trial.seed], out=Path(work)/corpus.name/key,
-            changes=changes, device=device)
+            "text", trial.encoder, corpus, data, seeds=[trial.seed], out=folder(trial.name),
+            changes=changes, device=device, also=trial.also,
+            start=folder(trial.start) if trial.start else None)
         validation = [e["validation"]["mixture"] for e in run.log()]
         config = run.summary["config"]
         ledger.add(dict(

@@ -237,8 +237,8 @@ def configure(
 
 # %% ../../nbs/603_runs.ipynb #a89506d2
 def inverse_frequency(corpus: Corpus) -> list[float]:
-    """A weight per class, inverse to its count in the training split; their mean over utterances
-    is 1."""
+    """A weight per class, inverse to its count in the training split (of the strict protocol,
+    whatever else is trained on); their mean over utterances is 1."""
     labels = [l for c in corpus.splits["train"] for l in c.labels if l is not None]
     return [len(labels)/(len(corpus.labels)*max(1, labels.count(l))) for l in corpus.labels]
 
