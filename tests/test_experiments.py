@@ -648,3 +648,18 @@ def test_committed_records_are_of_declared_rows():
         for line in p.read_text().splitlines()
         if Cell(**json.loads(line)["cell"]).identity not in declared]
     assert not stray, "a row that is no longer declared has records"
+
+
+def test_no_two_models_of_the_library_share_a_training():
+    "A training's key knows code and configuration, not the class: no two models have both alike."
+    from erc_moe.experiments import code_of
+    from erc_moe.models import MODELS
+    known = {}
+    for name, entry in MODELS.items():
+        if entry.model.__module__.partition(".")[0] != "erc_moe": continue
+        for corpus in ("iemocap", "meld"):
+            widths = {"text": 8, "speech": 4}
+            config = entry.model_config("cpu", corpus, widths, ["a", "b"])
+            of = code_of(name), json.dumps(asdict(config), sort_keys=True), corpus
+            assert of not in known, f"{name} and {known[of]} on {corpus}"
+            known[of] = name

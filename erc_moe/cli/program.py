@@ -11,6 +11,7 @@ from .. import __version__
 from . import records, training, using
 from .core import COMMANDS, Parser, add_command, command, option
 from .door import explain
+from ..code_hashes import in_file
 
 # %% ../../nbs/005_commands.ipynb #675233b8
 ORDER = (
@@ -62,20 +63,21 @@ def main(
 ) -> int:                          # the exit status
     "Run one command line."
     argv, name, debug = list(sys.argv[1:] if argv is None else argv), None, False
-    out, streams = None, [s for s in (sys.stdout, sys.stderr) if s is not None]
+    out, model, streams = None, "", [s for s in (sys.stdout, sys.stderr) if s is not None]
     for stream in streams:      # a letter that a terminal cannot show ends no command
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         args = make_parser().parse_args(argv)
         name, debug, out = args.name_of_command, args.debug, getattr(args, "out", None)
         args.typed = shlex.join(["erc_moe", *argv])
+        if in_file(getattr(args, "model", None) or ""): model = args.model
         COMMANDS[name].run(args)
         for stream in streams: stream.flush()
         return 0
     except SystemExit as e: return e.code
     except argparse.ArgumentTypeError as e: status, line = 2, f"{e} (see erc_moe {name} --help)"
     except BaseException as e:
-        status, line = explain(e, COMMANDS.get(name), out)
+        status, line = explain(e, COMMANDS.get(name), out, model)
         if debug: line = traceback.format_exc()
     if status == 141: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if line: print(f"erc_moe {name}: {line}", file=sys.stderr)

@@ -51,6 +51,7 @@ def show_numbers(args, ledger, chosen):
     from erc_moe.experiments import tables
     numbers = pd.concat(
         [tables.statuses(e, ledger, args.preset) for e in chosen], ignore_index=True)
+    if numbers.empty: return print("no numbers of a paper are declared there")
     for name, of in numbers.groupby("experiment", sort=False):
         print(f"\n{name}")
         show(of.drop(columns=["experiment", "command"]).reset_index(drop=True))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from ..conversations import Conversation, DataError
-from ..code_hashes import from_file, in_file
+from ..code_hashes import from_file, in_file, own_fault
 from ..corpora import find_corpus, load_corpus, register_corpus
 from ..corpora.core import Corpus
 from .declare import (
@@ -83,6 +83,10 @@ def keyed(
     said = dict(
         model=asdict(config), training=asdict(training), seed=cell.seed,
         split_hash=corpus.split_hash, feature_hash=feature_hash, code=code)
+    entry = find_model(cell.model)
+    # a file of the user's may hold several models of one configuration
+    if entry.model.__module__.partition(".")[0] != "erc_moe":
+        said["class"] = entry.model.__qualname__
     if cell.protocol == "refit": said |= dict(folds=REFIT_FOLDS)
     said |= {k: v for k, v in cell.to_dict().items() if k in ("protocol", "past")}
     if cell.teachers:
@@ -262,6 +266,12 @@ def _attempt(cell, detail, results, data, cache, stores, work, device):
             shutil.rmtree(Path(work)/key)
         return record
     except DataError as e: return e
+    except (OSError, MemoryError): raise
+    except Exception as e:
+        return own_fault(e, cell.model if in_file(cell.model) else "") or DataError(
+            f"unexpected {type(e).__name__}: {e}",
+            "This is a fault of erc_moe: train it alone with erc_moe train --debug, and report "
+            "what it shows.")
 
 # %% ../../nbs/832_reproduce.ipynb #40b50fde
 def _records(todo, workers, *args):
@@ -372,6 +382,10 @@ def reproduce(
     left, new = (
         len({cell for cells in out.values() for cell in cells}), sum(map(len, todo.values())))
     if error and left == len(wanted): raise error
+    if wanted and left == len(wanted) and not any(map(ledger.find, wanted)):
+        raise DataError(
+            f"nothing of it can be trained: left out {next(iter(out))}",
+            "Make what is missing first.")
     tell(
         f"{len(wanted)} trainings: {len(wanted) - left - new} on record, {new} to do"
         + (f", {left} left out" if left else ""))
