@@ -151,8 +151,8 @@ def own_fault(
     "An error in a file of the user's, or around a model of the user's."
     name = type(error).__name__
     said = f"{name}: {str(error).strip().rstrip('.')}" if str(error).strip() else name
-    folders = {
-        str(Path(m.__file__).parent) for n, m in sys.modules.items() if n.startswith("erc_moe_file_")}
+    files = [m.__file__ for n, m in sys.modules.items() if n.startswith("erc_moe_file_")]
+    folders = {str(Path(file).parent) for file in files}
     lines = [
         f for f in traceback.extract_tb(error.__traceback__)
         if str(Path(f.filename).parent) in folders]

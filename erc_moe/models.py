@@ -7,8 +7,8 @@ __all__ = ['MODELS', 'GROUP', 'ModelEntry', 'register', 'check_presets', 'as_ent
            'parse_changes']
 
 # %% ../nbs/814_models.ipynb #e2477e6d
-import csv, json
-from dataclasses import dataclass, field, fields, replace
+import csv, inspect, json
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -115,6 +115,11 @@ def as_entry(
             f"{name} is no model",
             "Name a class of nn.Module that has its configuration's class as config_class, or a "
             "ModelEntry.")
+    known = {f.name for f in fields(config)} if is_dataclass(config) else set()
+    if lost := [n for n in inspect.get_annotations(config) if n not in known]:
+        raise DataError(
+            f"{config.__name__}, the configuration of {name}, does not know its field {lost[0]!r}",
+            f"Write @dataclass above class {config.__name__}.")
     if own := getattr(what, "presets", None):
         check_presets(own, config, name)
         return ModelEntry(name, what, config, own)

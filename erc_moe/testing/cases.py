@@ -116,10 +116,10 @@ def answers(case, seed):
     batch = case.batch(seed)
     out = case.model(batch)
     wanted = (*batch.mask.shape, len(LABELS))
+    demand(hasattr(out, "logits"), f"forward gives a {type(out).__name__}, not a ModelOutput")
     demand(
-        getattr(out, "logits", None) is not None and out.logits.shape == wanted,
-        f"the output's logits are {tuple(getattr(out, 'logits', torch.empty(0)).shape)}, and must "
-        f"be (B, N, C), here {wanted}")
+        out.logits.shape == wanted,
+        f"the output's logits are {tuple(out.logits.shape)}, and must be (B, N, C), here {wanted}")
     for name in ("experts", "gate"):
         demand(hasattr(out, name), f"the output has no {name!r}; begin with ModelOutput, where it "
                                    "is empty")

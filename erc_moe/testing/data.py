@@ -8,6 +8,8 @@ __all__ = ['check_corpus', 'check_extractor']
 # %% ../../nbs/828_data_contract.ipynb #2f006580
 from collections.abc import Callable
 import numpy as np
+from ..code_hashes import own_fault
+from ..conversations import DataError
 from ..corpora import SPLITS, Corpus, load_corpus
 from .model import ContractError, report
 
@@ -19,19 +21,32 @@ def check_corpus(
     "Hold a corpus against what a training relies on; a `ContractError` with a line for each fault."
     def read():
         if isinstance(corpus, Corpus): return corpus
-        if isinstance(corpus, str): return load_corpus(corpus, data)
-        return corpus(data) if data is not None else corpus()
+        try:
+            if isinstance(corpus, str): return load_corpus(corpus, data)
+            return corpus(data) if data is not None else corpus()
+        except DataError: raise
+        except Exception as e:
+            told = own_fault(e)
+            told = told.problem if told else f"{type(e).__name__}: {e}"
+            raise ContractError(f"the reader raises an error ({told})") from e
     found, again, failed = read(), read(), {}
     if not isinstance(found, Corpus):
         raise ContractError(f"the reader gives a {type(found).__name__}, not a Corpus")
     says = lambda name, fault: failed.setdefault(name, fault) if fault else None
+    odd = [l for l in found.labels if not isinstance(l, str)]
+    says("names", f"the label {odd[0]!r} is no text" if odd else "" if
+         len({*found.labels}) == len(found.labels) else "a label stands twice in labels")
     says("splits", ", ".join(f"there is no {s} split" for s in SPLITS if not found.splits.get(s)))
+    says("classes", ", ".join(
+        f"no utterance of {s} has a label" for s in SPLITS
+        if found.splits.get(s)
+        and not any(l is not None for c in found.splits[s] for l in c.labels)))
     trained = {l for c in found.splits.get("train", []) for l in c.labels}
     says("labels", ", ".join(
         f"{l!r} is never seen in training" for l in found.labels if l not in trained))
     said = {}
     for c in found.conversations:
-        words = tuple((u.speaker, u.text) for u in c.utterances)
+        words = tuple((u.speaker, str(u.text or "")) for u in c.utterances)
         if len(c) > 2 and any(text.strip() for _, text in words):
             if words in said: says("twice", f"{said[words]} and {c.id} are the same conversation")
             said[words] = c.id
@@ -44,7 +59,7 @@ def check_corpus(
         if not ids & set(table.ids): says("features", f"{name} has no row of any utterance")
     says("repeatable", "" if found.split_hash == again.split_hash else
          "two readings give other utterances, labels or splits: sort what the file system lists")
-    report(found.name, failed, 7)
+    report(found.name, failed, 9)
     return found
 
 # %% ../../nbs/828_data_contract.ipynb #1200b230
@@ -53,7 +68,13 @@ def check_extractor(
     inputs: list,       # three or more different ones: texts, or paths of clips
 ) -> np.ndarray:        # float32 (N, D)
     "Hold a feature extractor against what the store relies on; a `ContractError` else."
-    rows = getattr(extractor, "rows", None) or extractor.embed
+    rows = getattr(extractor, "rows", None) or getattr(extractor, "embed", None)
+    lacks = [n for n, x in (
+        ("rows(inputs)", rows), ("content_key(input)", getattr(extractor, "content_key", None)),
+        ("extractor, an Extractor", getattr(extractor, "extractor", None))) if x is None]
+    if lacks or isinstance(extractor, type):
+        raise ContractError(
+            f"the extractor has no {lacks[0]}" if lacks else "this is a class: make one of it")
     take = lambda some: [r if isinstance(r, str) else np.asarray(r) for r in rows(list(some))]
     identity, failed = extractor.extractor, {}
     says = lambda name, fault: failed.setdefault(name, fault) if fault else None
@@ -66,8 +87,10 @@ def check_extractor(
     for r in (r for r in got if not isinstance(r, str)):
         says("width", "" if r.shape == (identity.width,) else
              f"a row is {r.shape}, and the extractor says ({identity.width},)")
+        says("kind", "" if r.dtype.kind == "f" else
+             f"a row is of {r.dtype}: give floats, or a sentence that says why there is none")
         says("finite", "a row holds infinity; write NaN where a measure is undefined"
-             if r.dtype.kind != "f" or np.isinf(r).any() else "")
+             if r.dtype.kind == "f" and np.isinf(r).any() else "")
     for a, b in zip(got, take(inputs)):
         says("repeatable", "" if near(a, b) else "the same input has another row the second time")
     for a, b in zip(got, take(inputs[::-1])[::-1]):
@@ -81,5 +104,5 @@ def check_extractor(
         "content_key is not one key per content: equal for equal inputs, different for others")
     says("identity", "" if identity == extractor.extractor and identity.key else
          "extractor.extractor changes from call to call")
-    report(identity.name, failed, 7)
+    report(identity.name, failed, 8)
     return np.array([r for r in got if not isinstance(r, str)], np.float32)

@@ -161,10 +161,14 @@ def check_model(
         for seed in range(seeds if name in SEVERAL else 1):
             try: check(case, seed)
             except Exception as e:
-                failed[name] = (
-                    f"{e}" if isinstance(e, AssertionError)
-                    else f"it raises {type(e).__name__}: {str(e).partition(chr(10))[0]}")
+                told = f"it raises {type(e).__name__}: {str(e).partition(chr(10))[0]}"
+                if "dtype" in told or "Double" in told:
+                    told += " (the check is in float64: take features from self.observed)"
+                failed[name] = f"{e}" if isinstance(e, AssertionError) else told
                 break
+        if name == "answers" and name in failed:
+            failed[name] += "\n  (nothing else can be asked of it)"
+            break
     report(entry.name, failed, len(INVARIANTS) - len(except_))
     return {n: except_.get(n) or c.__doc__.partition("\n")[0] for n, c in INVARIANTS.items()}
 
