@@ -152,8 +152,8 @@ def search(
     fixed = {k: v for of in parse_changes(changes or [], base[1], base[0]) for k, v in of.items()}
     settings = dict(
         model=entry.name, corpus=corpus, features=features, preset=preset, seeds=list(seeds),
-        space=SPACE if trials else dict(lr=list(RATES)), changes=fixed, code=base[2]["code"], split_hash=read.split_hash,
-        feature_hash=feature_hash)
+        space=SPACE if trials else dict(lr=list(RATES)), changes=fixed, code=base[2]["code"],
+        split_hash=read.split_hash, feature_hash=feature_hash)
     begin_run(out, settings)
     names = searched(base[0])
     for name in SPACE.keys() - names if trials else ():
