@@ -155,7 +155,8 @@ def tune_search(args):
     CORPUS, DATA, LABEL_MAP,
     option(
         "--preset", default="cpu", metavar="NAME",
-        help="cpu tunes a small encoder whole; paper is the published configuration, LoRA "
+        help="cpu tunes a small encoder whole; recipe is for mpnet, its top layers in one pass "
+        "over conversations; paper is the published configuration, LoRA "
         "under a head of 2048; sure makes the text features of SURE: tuned whole, the last "
         "layer's [CLS] (default: cpu)."),
     PROTOCOL, SEEDS,

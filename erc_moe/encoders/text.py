@@ -66,6 +66,14 @@ class TextEncoderConfig(EncoderConfig):
             **dict(adaptation="full", pooling="first", width=0, dropout=0.1, gamma=0.) | changes)
 
     @classmethod
+    def recipe(cls, encoder: str, classes: int, **changes) -> "TextEncoderConfig":
+        """For MPNet's kind and two cores: the top four layers are tuned, the others computed once
+        (chapter 838)."""
+        return cls.cpu(
+            encoder, classes, **dict(frozen_layers=-4, cache="float16", cache_gigabytes=60.)
+            | changes)
+
+    @classmethod
     def cpu(cls, encoder: str, classes: int, **changes) -> "TextEncoderConfig":
         """For MiniLM's kind and two cores: the transformer is tuned above its embeddings and two
         lowest layers."""

@@ -127,12 +127,19 @@ class TunedRun:
         return read_log(self.encoder_folder(seed, fold).parent)
 
 # %% ../../nbs/604_tuning.ipynb #8af54560
-TUNING = {  # modality -> preset -> corpus, or "" for all -> changes to TrainingConfig
+# modality -> preset -> corpus, or "" for all -> changes to both configurations
+TUNING = {
     "text": {
         "paper": {"": dict(epochs=50, batch_size=8, lr=1e-5, weight_decay=0., max_norm=0.)},
         "cpu": {
             "": dict(epochs=3, batch_size=32, lr=2e-4, schedule="cosine", warmup=0.1, buckets=True),
             "meld": dict(epochs=2),
+        },
+        "recipe": {
+            "": dict(
+                epochs=3, batch_size=4, lr=1e-4, schedule="cosine", warmup=0.1,
+                reading="conversation", context=8, speakers=True, max_tokens=384),
+            "iemocap": dict(epochs=5), "emorynlp": dict(epochs=4), "mosi": dict(epochs=6),
         },
         "sure": {
             "": dict(
@@ -229,7 +236,7 @@ def tune(
     corpus: str|Corpus,                   # "meld", ..., a path to your own table, or a corpus
     data: str|Path|None = None,           # where the corpora lie, when `corpus` is a name
     *,
-    preset: str = "cpu",                  # or "paper"; "sure": the text features of SURE
+    preset: str = "cpu",    # or "paper"; "recipe": for MPNet; "sure": the text features of SURE
     protocol: str = "strict",             # or "paper": test-selected, shown beside strict
     seeds: int|list[int] = 3,             # how many (0, 1, ...), or which
     folds: int = 0,                       # K for cross-fitted embeddings; 0: none
@@ -263,14 +270,15 @@ def tune(
         ENCODERS[modality])
     check_corpus(corpus)
     seeds, name = check_seeds(seeds), encoder.removeprefix("hf:")
-    config = getattr(kind.config_class, preset)(name, len(corpus.labels), labels=corpus.labels)
-    training = TrainingConfig(
-        **TUNING[modality][preset][""] | TUNING[modality][preset].get(corpus.known_as, {}))
-    if isinstance(changes, dict):
-        mine = {f.name for f in fields(training)}
-        parsed = [
-            {k: v for k, v in changes.items() if k in mine},
-            {k: v for k, v in changes.items() if k not in mine}]
+    mine = {f.name for f in fields(TrainingConfig)}
+    apart = lambda changes: [
+        {k: v for k, v in changes.items() if (k in mine) == ours} for ours in (True, False)]
+    ours, theirs = apart(
+        TUNING[modality][preset][""] | TUNING[modality][preset].get(corpus.known_as, {}))
+    config = getattr(kind.config_class, preset)(
+        name, len(corpus.labels), labels=corpus.labels, **theirs)
+    training = TrainingConfig(**ours)
+    if isinstance(changes, dict): parsed = apart(changes)
     else: parsed = parse_changes(changes or [], training, config)
     training, config = replace(training, **parsed[0]), replace(config, **parsed[1])
     placing = {}
