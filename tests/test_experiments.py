@@ -193,7 +193,8 @@ def test_the_table_has_every_row_and_the_papers_numbers(ledger):
 def test_what_is_not_at_hand_is_told_and_left_out(tmp_path):
     said = []
     far = Experiment("example/far", "", "", ("meld",), (Row("far", features="llama+salmonn"),))
-    reproduce([far], results=tmp_path, stores=tmp_path, tell=said.append)
+    with pytest.raises(DataError, match="nothing of it can be trained: left out for want of"):
+        reproduce([far], results=tmp_path, stores=tmp_path, tell=said.append)
     assert any("meld-llama" in line and "Llama-3.1-8B" in line for line in said) and not list(
         tmp_path.rglob("*.jsonl"))
 

@@ -62,7 +62,7 @@ def test_a_steady_voice_of_any_pitch(hz, seconds, snr):
     noise = np.random.default_rng(0).normal(0, voice.std()*10**(-(10 + snr)/20), len(voice))
     got = dict(zip(PROSODY8, prosody8(voice + noise, RATE)))
     assert abs(got["avg_pitch"]/hz - 1) < .02
-    assert abs(got["mean_hnr"] - (10 + snr)) < 2
+    assert abs(got["mean_hnr"] - (10 + snr)) < 3    # Praat's own error: 2.4 at 154 Hz
     loud = 10*np.log10((voice + noise).var()/4e-10)
     assert abs(got["avg_intensity"] - loud) < .5
 

@@ -7,7 +7,6 @@ __all__ = ['FIXES', 'path_error', 'out_of_memory', 'from_network', 'explain']
 
 # %% ../../nbs/842_command_errors.ipynb #cf2c2cd9
 import errno
-from ..code_hashes import own_fault
 from ..errors import DataError
 from .core import Command
 
@@ -58,7 +57,7 @@ def explain(
     error: BaseException,
     command: Command|None = None,   # None: it ended before its name was known
     out: str|None = None,           # where the command writes
-    model: str = "",                # of the user's, in a file; "": none
+    model: str|None = None,         # as the command was given it
 ) -> tuple[int, str]:               # the exit status; the line, "" where nothing is to be said
     "The message for an error that ended a command."
     memory = command.memory if command else ""
@@ -76,6 +75,8 @@ def explain(
         return 1, (f"the network or the Hugging Face hub does not answer as it should: {first}. "
                    "Check the connection, or name a local folder.")
     if isinstance(error, OSError): return 1, path_error(error, out)
-    if fault := own_fault(error, model): return 1, str(fault)
+    from erc_moe.code_hashes import in_file, own_fault    # heavy: not before it is needed
+    fault = own_fault(error, model if model and in_file(model) else "")
+    if fault: return 1, str(fault)
     return 1, (f"unexpected {type(error).__name__}: {first}. If the input is as it should be, this "
                "is a fault of erc_moe: repeat the command with --debug, and report what it shows.")

@@ -11,7 +11,6 @@ from .. import __version__
 from . import records, training, using
 from .core import COMMANDS, Parser, add_command, command, option
 from .door import explain
-from ..code_hashes import in_file
 
 # %% ../../nbs/005_commands.ipynb #675233b8
 ORDER = (
@@ -63,14 +62,13 @@ def main(
 ) -> int:                          # the exit status
     "Run one command line."
     argv, name, debug = list(sys.argv[1:] if argv is None else argv), None, False
-    out, model, streams = None, "", [s for s in (sys.stdout, sys.stderr) if s is not None]
+    out, model, streams = None, None, [s for s in (sys.stdout, sys.stderr) if s is not None]
     for stream in streams:      # a letter that a terminal cannot show ends no command
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         args = make_parser().parse_args(argv)
         name, debug, out = args.name_of_command, args.debug, getattr(args, "out", None)
-        args.typed = shlex.join(["erc_moe", *argv])
-        if in_file(getattr(args, "model", None) or ""): model = args.model
+        args.typed, model = shlex.join(["erc_moe", *argv]), getattr(args, "model", None)
         COMMANDS[name].run(args)
         for stream in streams: stream.flush()
         return 0
