@@ -32,7 +32,7 @@ _OWN = {
     m: {c: f"features/{c}-{m}" for c in ("iemocap", "meld", "mosi", "emorynlp")}
     for m in ("salmonn", "wav2vec", "opensmile", "salmonn-13b", "qwen2-audio")}
 FEATURES: dict[str, dict[str, dict[str, str]]] = {  # name -> corpus -> modality -> source
-    "frozen": _set("minilm", ("iemocap", "meld", "mosi", "emorynlp", "sample"))
+    "frozen": _set("minilm", ("iemocap", "meld", "mosi", "emorynlp", "dailydialog", "sample"))
     | {f"iemocap@session-{k}": _set("minilm", ("iemocap",))["iemocap"] for k in range(1, 6)}
     | {"iemocap@unlabelled_context=false": _set("minilm", ("iemocap",))["iemocap"]},
     "tuned": _set("features/{corpus}-tuned", ("meld",))
