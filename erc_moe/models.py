@@ -250,6 +250,7 @@ for _model, _paper in (
         "iemocap": dict(class_weights="inverse_frequency"), "meld": dict(lr=5e-4)}),
     (CfnEsa, {
         "": dict(epochs=80, batch_size=32, lr=2e-5, weight_decay=1e-5, max_norm=0.),
+        "iemocap": dict(class_weights="inverse_frequency"),
         "meld": dict(epochs=60, batch_size=64, lr=1e-5)}),
     (Cogmen, {
         "": dict(epochs=55, batch_size=32, lr=1e-4, **_ADAM | dict(weight_decay=1e-8))}),
