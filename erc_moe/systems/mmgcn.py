@@ -139,15 +139,15 @@ class GraphConvolutions(nn.Module):
         graph: ModalityGraph,
     ) -> Tensor:                 # (S, M, H)
         drop = lambda h: dropout(h, self.dropout, self.training)
-        first = h = self.input(drop(x)).relu()                          # (S, M, H)
-        memory = None
+        first = self.input(drop(x)).relu()                              # (S, M, H)
+        h, memory = drop(first), None
         for l, weight in enumerate(self.weight, 1):
-            theta, h = math.log(self.decay/l + 1), drop(h)
+            theta = math.log(self.decay/l + 1)
             if self.fusion is not None:
                 memory = self.fusion(h.flatten(0, 1), memory)           # (S*M, H) twice
             passed = h if memory is None else memory[0].view_as(h)
             r = (1 - self.alpha)*graph.propagate(passed) + self.alpha*first
-            said = (theta * (r @ weight) + (1 - theta)*r).relu()
+            said = drop((theta * (r @ weight) + (1 - theta)*r).relu())
             h = said if memory is None else h + said
         return h
 

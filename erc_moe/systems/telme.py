@@ -29,13 +29,14 @@ class TelMeConfig(ModelConfig):
     class_weights: list[float]|None = None    # factor per class in every cross-entropy
     temperature: float = 2.                   # tau of the distillation
     distillation_weight: float = 1.           # 0: students learn from labels alone
+    relation_weight: float = .1               # lambda, of the two correlations among it
     # True: the encoders learn from their own losses alone; False: from the fusion as well
     staged: bool = True
     causal: bool = False  # True: nothing after the utterance is read
     model: str = "telme"                      # what config.json is of
 
     presets = {
-        "paper": {"meld": dict(heads=3, shift=.1, temperature=4.)},
+        "paper": {"meld": dict(heads=3, shift=.1, temperature=4., relation_weight=1.)},
         "cpu": {"": dict(width=96, input_dropout=.3, dropout=.4)}}
 
     def check(self):
@@ -157,6 +158,6 @@ class TelMe(ConversationModel):
             if i == 0: continue
             both = upload((seen[0] & seen[i]).nonzero()[:, 0], labels.device)  # (K,)
             parts[f"{m} from teacher"] = c.distillation_weight * (
-                relation_loss(said[i][both], said[0][both], c.temperature)
+                c.relation_weight*relation_loss(said[i][both], said[0][both], c.temperature)
                 + nearness_loss(output.features[i][both], output.features[0][both]))
         return LossParts(parts)
