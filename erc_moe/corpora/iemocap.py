@@ -129,7 +129,8 @@ def _cosmic(folder, split, conversations):
             for d in named[name]]
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         if isinstance(e, DataError): raise
-        raise DataError(f"{path.name} is no list of dialogues ({type(e).__name__}: {e})", form) from e
+        raise DataError(
+            f"{path.name} is no list of dialogues ({type(e).__name__}: {e})", form) from e
     split_of = dict(dealt)
     for problem, ids in (
         ("names twice", [d for d, s in dealt if split_of[d] != s]),

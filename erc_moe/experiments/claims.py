@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MISTER_E', 'OWN', 'THREE', 'CLAIMS', 'GATE_CLAIMS', 'CLASS_CLAIMS', 'NOISE_CLAIMS', 'open_claims', 'gate_difference',
-           'check_gate', 'lowest_class', 'check_classes', 'noise_difference', 'check_noise']
+           'check_gate', 'lowest_class', 'check_classes', 'noise_difference', 'noise_results', 'check_noise']
 
 # %% ../../nbs/836_claims.ipynb #042e35b0
 from pathlib import Path
@@ -323,16 +323,21 @@ def noise_difference(
 
 # %% ../../nbs/836_claims.ipynb #40903fb5
 NOISE_CLAIMS = ("MiSTER-E", "SDT-style")
+def noise_results(
+    ledger: Ledger|None = None,
+    preset: str = "cpu",
+) -> dict[tuple[str, str], Result]:    # of sure/noise; records of earlier code lack what is needed
+    "The rows whose records keep predictions under noise."
+    heard = lambda r: "predicted" in r.get("noise", {}).get("text", {}).get(str(COMPARED), {})
+    found = results("sure/noise", ledger, preset)
+    return {k: r for k, r in found.items() if all(map(heard, r.records))}
+
 def check_noise(
     ledger: Ledger|None = None,
     preset: str = "cpu",
 ) -> pd.DataFrame:      # a line per other system, corpus and modality
     "The claim that SURE is more robust to noise than other systems (SURE, sections 1 and 3.3)."
-    strength, sure = str(COMPARED), "SURE, text + audio"
-    heard = lambda r: "predicted" in r.get("noise", {}).get("text", {}).get(strength, {})
-    found = {    # records of earlier code keep no predictions under noise
-        k: r for k, r in results("sure/noise", ledger, preset).items()
-        if all(map(heard, r.records))}
+    found, sure = noise_results(ledger, preset), "SURE, text + audio"
     return _judged({
         (f"SURE loses less to noise on {m} than {other}", "SURE, section 1", corpus):
             noise_difference(found[sure, corpus], found[other, corpus], m)
