@@ -6,7 +6,8 @@ import pytest
 
 from erc_moe.cli import main
 from erc_moe.experiments import Ledger
-from erc_moe.experiments.declare import EXPERIMENTS, FEATURES, find_experiments
+from erc_moe.experiments.declare import EXPERIMENTS, FEATURES
+from erc_moe.experiments.files import find_experiments
 
 AS_PYTHON = """
 from erc_moe.experiments import Experiment, Row, declare

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'EXPERIMENTS', 'Cell', 'Row', 'teachers_of', 'Experiment', 'located', 'made_by', 'missing_stores',
-           'declare', 'check_experiment', 'experiments_in', 'find_experiments', 'find_experiment']
+           'declare', 'find_experiment']
 
 # %% ../../nbs/830_experiments.ipynb #0387c9c0
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-import yaml
-from ..conversations import MODALITIES, DataError
-from ..code_hashes import from_file
-from ..corpora import CORPORA, find_corpus
+from ..conversations import DataError
+from ..corpora import find_corpus
 from ..corpora.registry import as_split
-from ..corpora.encodings import read_text
 
 # %% ../../nbs/830_experiments.ipynb #cda6f3ce
 # what the corpora's files hold, or is extracted from their sound
@@ -268,158 +265,6 @@ def declare(experiment: Experiment) -> Experiment:
     "Register an experiment under its name."
     EXPERIMENTS[experiment.name] = experiment
     return experiment
-
-# %% ../../nbs/830_experiments.ipynb #yml830b
-class _Loader(yaml.SafeLoader):
-    "YAML in which no key stands twice."
-    def construct_mapping(self, node, deep=False):
-        known = set()
-        for key, _ in node.value:
-            if (name := self.construct_object(key)) in known:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name} stands there twice", problem_mark=key.start_mark)
-            known.add(name)
-        return super().construct_mapping(node, deep)
-
-_KINDS = {
-    Experiment: dict(
-        name=str, title=str, source=str, corpora=list, rows=list, reference=str, seeds=int,
-        choice=bool, decimals=int, claims=list, features=dict),
-    Row: {f.name: str for f in fields(Row)} | dict(
-        modalities=list, changes=dict, paper=dict, spread=dict, at=(int, float, type(None)),
-        detail=bool, past=(int, type(None)), teachers=int, ensemble=bool,
-        model=(str, type(None)))}
-
-def _sound(kind, said, place):
-    "`said` if it is a mapping of the fields of an experiment or a row, each of its kind."
-    kinds = _KINDS[kind]
-    if not isinstance(said, dict):
-        raise DataError(f"{place} is no mapping", f"Write `field: value`, of {', '.join(kinds)}.")
-    for name, value in said.items():
-        if name not in kinds:
-            raise DataError(f"{place} has no field {name!r}", f"There are {', '.join(kinds)}.")
-        if not isinstance(value, kinds[name]) or isinstance(value, bool) and kinds[name] is int:
-            words = {str: "a word", list: "a list: [a, b]", int: "a whole number", bool: "true or "
-                     "false", dict: "a mapping: {name: value}"}
-            one = kinds[name][0] if isinstance(kinds[name], tuple) else kinds[name]
-            raise DataError(f"{place}: {name} is {value!r}", f"It is {words[one]}.")
-    return said
-
-def _written(path):
-    "The experiments of a YAML file."
-    try: said = yaml.load(read_text(path), _Loader)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise DataError(
-            f"{path}{line} is no YAML ({getattr(e, 'problem', e)})", "Correct it.") from e
-    out = []
-    for of in said if isinstance(said, list) else [said]:
-        of = dict(_sound(Experiment, of, path))
-        for name in {"name", "corpora", "rows"} - of.keys():
-            raise DataError(f"{path} has no {name}", "Give it name, corpora and rows.")
-        if of["name"] in {e.name for e in out}:
-            raise DataError(f"{path} declares {of['name']} twice", "Give each its own name.")
-        for name, sets in of.pop("features", {}).items():
-            if not (isinstance(sets, dict) and all(isinstance(s, dict) for s in sets.values())):
-                raise DataError(
-                    f"{path}: the features {name} are not by corpus and modality",
-                    "Write features: {mine: {CORPUS: {text: minilm}}}")
-            if FEATURES.setdefault(name, sets) != sets:
-                raise DataError(
-                    f"{path}: the features {name} are known, and others", "Give them another name.")
-        rows = []
-        for n, row in enumerate(of.pop("rows"), 1):
-            row = _sound(Row, row, f"{path}, row {n}")
-            if "name" not in row: raise DataError(f"{path}, row {n} has no name", "Give it one.")
-            rows.append(Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}))
-        out.append(Experiment(**dict(title="", source=path.name) | of | dict(
-            corpora=tuple(of["corpora"]), rows=tuple(rows), claims=tuple(of.get("claims") or ()))))
-    return out
-
-# %% ../../nbs/830_experiments.ipynb #chk830a
-_PROTOCOLS = "", "refit", "released"
-def check_experiment(
-    e: Experiment,
-    path: Path,    # of the file that declares it
-):
-    "`DataError` where a row cannot be trained anywhere, or a corpus has no row."
-    for corpus in e.corpora:
-        name = corpus.partition("@")[0]
-        if not (name in CORPORA or find_corpus(name) or Path(name).is_file()):
-            raise DataError(
-                f"{path}, {e.name}: there is no corpus {corpus!r}",
-                f"There are {', '.join(CORPORA)}, and FILE.py:READER.")
-    for row in e.rows:
-        at = f"{path}, {e.name}, row {row.name}"
-        if row.features not in FEATURES:
-            raise DataError(
-                f"{at}: there are no features {row.features!r}",
-                f"There are {', '.join(FEATURES)}; or declare them in the file.")
-        for m in row.modalities:
-            if m not in MODALITIES:
-                raise DataError(f"{at}: there is no modality {m!r}",
-                                f"There are {', '.join(MODALITIES)}.")
-        if row.protocol not in _PROTOCOLS:
-            raise DataError(
-                f"{at}: there is no protocol {row.protocol!r}",
-                "Leave it out, or write refit or released.")
-    lacking = {
-        f"row {row.name} has no features on {', '.join(e.corpora)}": row for row in e.rows
-        if row.model and not any(row.cell(c) for c in e.corpora)}
-    lacking |= {
-        f"no row has features on {c}": e.rows[0] for c in e.corpora
-        if any(r.model for r in e.rows) and not any(r.cell(c) for r in e.rows)}
-    for what, row in lacking.items():
-        with_ = ", ".join(c for c in FEATURES[row.features])
-        raise DataError(
-            f"{path}, {e.name}: {what}",
-            f"The features {row.features} are of {with_}; declare some in the file: features: "
-            "{mine: {CORPUS: {text: minilm}}}, and in the row: features: mine")
-
-# %% ../../nbs/830_experiments.ipynb #697376d8
-def experiments_in(
-    path: str|Path,     # .py, which is run; .yaml or .yml
-) -> list[Experiment]:
-    "The experiments that a file declares; a `DataError` where it declares none, or wrongly."
-    path, before = Path(path), dict(EXPERIMENTS)
-    try:
-        if path.suffix.lower() == ".py":
-            from_file(f"{path}:__name__", "an experiment")
-            found = [e for n, e in EXPERIMENTS.items() if before.get(n) is not e]
-            found = found or [
-                before[n] for n, of in _DECLARED.items() if of == path.resolve() and n in before]
-            if not found: raise DataError(f"{path} declares no experiment", "Call declare in it.")
-        else: found = [declare(e) for e in _written(path)]
-        for e in found:
-            if e.name in before and _DECLARED.get(e.name) != path.resolve():
-                raise DataError(
-                    f"{path} declares {e.name}, which is an experiment already",
-                    "Give it another name.")
-            check_experiment(e, path)
-    except DataError:
-        EXPERIMENTS.clear(); EXPERIMENTS.update(before)
-        raise
-    _DECLARED.update((e.name, path.resolve()) for e in found)
-    return found
-
-_DECLARED = {}    # experiment's name -> the file of the user's that declares it
-
-# %% ../../nbs/830_experiments.ipynb #d9628f73
-def find_experiments(
-    # an experiment's, "mister_e" for all of a paper, "all", or a file: .yaml or .py
-    name: str,
-) -> list[Experiment]:
-    "The experiments that `name` stands for; a `DataError` that lists them otherwise."
-    if Path(name).suffix.lower() in (".py", ".yaml", ".yml"): return experiments_in(name)
-    found = [e for e in EXPERIMENTS.values() if name in (e.name, e.name.partition("/")[0], "all")]
-    if not found:
-        raise DataError(
-            f"there is no experiment {name!r}",
-            f"There are {', '.join(EXPERIMENTS)}; "
-            f"{', '.join(dict.fromkeys(n.partition('/')[0] for n in EXPERIMENTS))}; and "
-            "all.")
-    return found
 
 # %% ../../nbs/830_experiments.ipynb #f171d095
 def find_experiment(

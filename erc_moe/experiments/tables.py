@@ -15,7 +15,8 @@ from ..conversations import DataError
 from ..evaluation import (
     Difference, Interval, holm, over_seeds, paired_difference, weighted_f1)
 from .declare import (
-    Experiment, Row, find_experiment, find_experiments, missing_stores)
+    Experiment, Row, find_experiment, missing_stores)
+from .files import find_experiments
 from .ensembles import averaged
 from .ledger import Ledger
 from .run import reproduce
