@@ -513,6 +513,24 @@ def test_the_mean_of_the_folds_embeds_what_is_not_in_train(tuned, table, tmp_pat
     np.testing.assert_allclose(rows(mean, train), rows(whole, train), atol=1e-5)
 
 
+def test_train_is_embedded_by_its_folds_or_by_the_encoder_tuned_on_all(tuned, table, tmp_path):
+    corpus = load_corpus(table)
+    folds, whole = (
+        embed(tuned, corpus, tmp_path/f"{train}", train=train, device="cpu")
+        for train in (None, "whole"))
+    encoder = tuned.encoder()
+    for split in ("train", "test"):
+        for c in corpus.splits[split]:
+            ids = [u.id for u in c.utterances if u.text]
+            alone = encoder.embed(encoder.dataset([c], corpus.labels))
+            alone = alone[[bool(u.text) for u in c.utterances]]
+            np.testing.assert_allclose(whole.lookup(ids)[0], alone, atol=1e-5)
+            assert (np.abs(folds.lookup(ids)[0] - alone).max() > 1e-3) == (split == "train"), c.id
+    # the one store is not taken for the other
+    with pytest.raises(DataError, match="is stale"):
+        embed(tuned, corpus, tmp_path/"None", train="whole", device="cpu")
+
+
 def test_an_embedding_that_was_stopped_carries_on(tuned, table, tmp_path):
     corpus = load_corpus(table)
     whole = embed(tuned, corpus, tmp_path/"whole", device="cpu")

@@ -205,6 +205,11 @@ def tune(args):
         help="Who embeds what is not in train: the encoder tuned on all of train, or the mean "
         "of the folds' encoders (default: whole)."),
     option(
+        "--train", choices=["folds", "whole"],
+        help="Who embeds train: the folds' encoders, each what it was tuned without, or the one "
+        "tuned on all, whose embeddings hold the labels (default: the folds, where there are "
+        "some)."),
+    option(
         "--out", complete="folder", required=True, metavar="STORE",
         help="The folder of the feature store."),
     DEVICE, resumes=True)
@@ -214,7 +219,7 @@ def embed(args):
     from erc_moe.training import first_process, tuning
     store = tuning.embed(
         tuning.TunedRun(args.run), load_corpus(args.corpus, args.data), args.out, args.seed,
-        args.others, args.device, progress=True)
+        args.others, args.train, args.device, progress=True)
     if first_process(): print(store)
 
 # %% ../../nbs/843_training_commands.ipynb #bf32dc0c

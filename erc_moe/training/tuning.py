@@ -357,12 +357,15 @@ def embed(
     # who embeds what is not in train: "whole": the encoder tuned on all of train; "mean": the
     # folds' encoders, averaged
     others: str = "whole",
+    # who embeds train: "folds": the encoder tuned without the conversation; "whole": the one tuned
+    # on all, whose embeddings hold the labels. None: the folds, where the run has them
+    train: str|None = None,
     device: str = "auto",             # or "cpu"
     chunk: int = 64,  # conversations per shard, what a stopped embedding can lose at most
     progress: bool = False,           # show progress bars
 ) -> FeatureStore:
     """Embed every utterance; with a cross-fitted run each training conversation by the encoder
-    that was not tuned on it, turned into the space of the one tuned on all."""
+    that was not tuned on it, turned into the space of the one tuned on all (`train`)."""
     if run.modality == "prompt":
         raise DataError(
             f"{run.folder} holds a prompted language model, which gives no embeddings",
@@ -370,6 +373,9 @@ def embed(
     if others not in ("whole", "mean") or (others == "mean" and not run.folds):
         raise DataError(
             f"others={others!r}", "Say 'whole', or 'mean' for a run that was tuned with folds.")
+    if train not in (None, "whole", "folds") or (train == "folds" and not run.folds):
+        raise DataError(
+            f"train={train!r}", "Say 'whole', or 'folds' for a run that was tuned with folds.")
     state, seed = PartialState(cpu=device == "cpu"), run.seeds[0] if seed is None else seed
     own = run.folds if corpus.split_hash == run.summary["split_hash"] else {}
     for c in corpus.conversations:
@@ -380,6 +386,8 @@ def embed(
                 "Embed the corpus as it was tuned on.",
                 c.id)
     check_unseen(run.learnt, corpus, f"the encoder of {run.folder}")
+    leaky = dict(train=train) if run.folds and train == "whole" else {}
+    if leaky: own = {}
     places = [None, *range(run.summary["folds"])]
     weights = [run.encoder_folder(seed, k)/"encoder.safetensors" for k in places]
     for lost in (w for w in weights if not w.is_file()):
@@ -398,7 +406,7 @@ def embed(
         out,
         Extractor(
             f"{s['encoder']} tuned on {s['corpus']}", revision, width,
-            told | dict(seed=seed, others=others, config=s["config"])))
+            told | leaky | dict(seed=seed, others=others, config=s["config"])))
     content = contents([u for c in corpus.conversations for u in c.utterances], run.modality)
     store.check_content(content)
     write_json(store.path/"learnt.json", run.learnt)
