@@ -254,22 +254,38 @@ def test_one_training_under_two_names_is_trained_once(ledger, tmp_path):
         and sum("strict" in line for line in said) == 1)
 
 
-def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path):
-    broken = replace(
-        TABLE,
-        rows=(
-            replace(
-                TABLE.rows[0], name="broken",
-                changes=QUICK | dict(lr=1000., weight_decay=1000., epochs=9)),
-            *TABLE.rows[:2]))
+def beside_others(changes):
+    return replace(TABLE, rows=(
+        replace(TABLE.rows[0], name="broken", changes=QUICK | changes), *TABLE.rows[:2]))
+
+
+def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path, monkeypatch):
+    def train(cell, *args):
+        if cell.changes["epochs"] == 3: raise DataError("there is no room", "Make room.")
+        return train_cell(cell, *args)
+    broken = beside_others(dict(epochs=3))
+    monkeypatch.setattr("erc_moe.experiments.run.train_cell", train)
     said = []
     with pytest.raises(
-        DataError, match="2 of 6 trainings failed, the first mister_e sample.*lr=1000"
+        DataError, match="2 of 6 trainings failed, the first mister_e sample.*no room"
     ):
-        reproduce([broken], results=tmp_path, workers=2, device="cpu", tell=said.append)
+        reproduce([broken], results=tmp_path, workers=1, device="cpu", tell=said.append)
     assert (
         scores(Ledger(tmp_path)) == scores(ledger)
         and sum(line.startswith("failed, ") for line in said) == 2)
+
+
+def test_a_training_that_diverges_goes_on_record_as_that(ledger, tmp_path):
+    wild, said = beside_others(dict(lr=1000., weight_decay=1000., epochs=9)), []
+    reproduce([wild], results=tmp_path, workers=2, device="cpu", tell=said.append)
+    assert sum("lr=1000.0" in line and "diverged, the loss is" in line for line in said) == 2
+    kept = Ledger(tmp_path)
+    assert scores(kept) == scores(ledger) and len([*kept]) == 4    # no table sees the two
+    cell = wild.rows[0].cell("sample")
+    assert "no longer finite at epoch" in kept.find(cell, diverged=True)["diverged"]
+    assert [r for r in results(wild, kept)] == [("with", "sample"), ("without", "sample")]
+    reproduce([wild], results=tmp_path, workers=1, device="cpu", tell=said.append)
+    assert said[-1] == "6 trainings: 6 on record (2 diverged), 0 to do"
 
 
 def test_a_table_that_needs_less_leaves_the_detail(tmp_path, monkeypatch):

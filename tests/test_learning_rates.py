@@ -18,9 +18,10 @@ def searched(folder, model, corpus, score, experiment=SEARCH, skip=(), **more):
     for cell, _ in experiment.cells():
         rate = cell.changes["lr"]
         if (cell.model, cell.corpus) != (model, corpus) or rate in skip: continue
-        ledger.add(dict(
-            cell=cell.to_dict(), key="", strict=dict(validation=score(rate, cell.seed)),
-            **dict(code="a", feature_hash="b", split_hash="c") | more))
+        found = score(rate, cell.seed)
+        ledger.add(
+            dict(cell=cell.to_dict(), key="", code="a", feature_hash="b", split_hash="c") | more
+            | (dict(diverged="why") if found is None else dict(strict=dict(validation=found))))
     return ledger
 
 
@@ -75,6 +76,16 @@ def test_a_search_that_is_not_complete_is_not_judged(tmp_path):
     assert best_rates(mixed) == {} and rate_table(mixed).equals(before)
 
 
+@pytest.mark.parametrize("lost", [RATES[-2:], RATES[:1], RATES[1:]])
+def test_a_rate_that_diverges_was_searched_and_never_wins(tmp_path, lost):
+    ledger = searched(tmp_path, "sure", "mosi", lambda rate, seed: None if rate in lost else rate)
+    pair = best_rates(ledger)["sure", "mosi"]
+    kept = [r for r in RATES if r not in lost]
+    assert pair[0] == kept[-1] and (pair[1] == kept[-2] if kept[1:] else pair[1] in lost)
+    of = searched(tmp_path, "hcam", "mosi", lambda rate, seed: None)
+    assert ("hcam", "mosi") not in best_rates(of)    # nothing learns: there is no best rate
+
+
 def test_finals_decide_between_the_two_that_the_search_found(tmp_path):
     first, second = (learning_rates(x)["bc_lstm"]["iemocap"] for x in ("rate", "second"))
     search = lambda rate, seed: {first: .8, second: .7}.get(rate, .1)
@@ -84,6 +95,10 @@ def test_finals_decide_between_the_two_that_the_search_found(tmp_path):
     assert best_rates(ledger) == {of: (first, second)}
     ledger = searched(tmp_path, *of, finals, FINALS)
     assert best_rates(ledger) == {of: (second, first)}
+    # one seed in five that diverges is enough to lose
+    lost = lambda rate, seed: None if (rate, seed) == (second, 3) else finals(rate, seed)
+    ledger = searched(tmp_path, *of, lost, FINALS)
+    assert best_rates(ledger) == {of: (first, second)}
     # of two others than the search's best: the search decides
     other = next(rate for rate in RATES if rate not in (first, second))
     better = lambda rate, seed: .9 if rate == other else finals(rate, 0)

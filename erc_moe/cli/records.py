@@ -22,7 +22,7 @@ def list_experiments(args, ledger):
     from erc_moe import experiments
     def line(e):
         cells = e.cells(args.preset, args.seeds)
-        open_ = [c for c, row in cells if not ledger.find(c, row.detail)]
+        open_ = [c for c, row in cells if not ledger.find(c, row.detail, diverged=True)]
         wanting = sum(bool(experiments.missing_stores(c, args.features)) for c in open_)
         return {
             "experiment": e.name, "asks": e.title, "corpora": ", ".join(e.corpora),

@@ -88,8 +88,9 @@ class Ledger:
         self.folder, self._lines = Path(folder), {}
 
     def __iter__(self):
-        "Every record."
-        for path in sorted(self.folder.glob("*/*.jsonl")): yield from self._records(path).values()
+        "Every record of a training that came to its end."
+        for path in sorted(self.folder.glob("*/*.jsonl")):
+            yield from (r for r in self._records(path).values() if "diverged" not in r)
 
     def path(self, cell: Cell) -> Path:
         model, corpus = map(_file_name, (cell.model, cell.corpus))
@@ -116,9 +117,11 @@ class Ledger:
     def find(self,
         cell: Cell,
         detail: bool = False,    # True: it must have kept what the experts said
+        diverged: bool = False,  # True: also one that says that the training diverged
     ) -> dict|None:
         "The record of this training, None where there is none."
         record = self._records(self.path(cell)).get(cell.identity)
+        if record and "diverged" in record: return record if diverged else None
         return record if record and (not detail or "dropped" in record) else None
 
     def twin(self,
@@ -132,12 +135,12 @@ class Ledger:
             (
                 r
                 for r in self._records(self.path(cell)).values()
-                if r["key"] == key and (not detail or "dropped" in r)),
+                if r["key"] == key and (not detail or {"dropped", "diverged"} & r.keys())),
             None)
 
     def add(self, record: dict):
         """Keep a record: `cell`, `key`, `strict`, `test_selected` and what else there is to
-        tell. Several processes may add to one ledger."""
+        tell; or `cell`, `key` and `diverged`, which says what became of it. Several processes may add to one ledger."""
         path = self.path(cell := Cell(**record["cell"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):

@@ -6,6 +6,7 @@
 __all__ = ['complete', 'best_rates', 'rate_table']
 
 # %% ../../nbs/851_learning_rates.ipynb #061199f2
+import math
 from importlib import resources
 import pandas as pd
 from .declare import find_experiment
@@ -17,16 +18,18 @@ def complete(
     experiment: str,     # "choices/learning_rate"
     ledger: Ledger,
 ) -> dict[tuple[str, str], tuple[tuple, dict[float, float]]]:
-    "(model, corpus) -> what made it; and of every rate the mean score on validation."
+    """(model, corpus) -> what made it; and of every rate the mean score on validation, -inf where
+    a training diverged."""
     records, out = {}, {}
     for cell, _ in find_experiment(experiment).cells():
-        records.setdefault((cell.model, cell.corpus), []).append(ledger.find(cell))
+        records.setdefault((cell.model, cell.corpus), []).append(ledger.find(cell, diverged=True))
     for of, found in records.items():
         made = {r and (r["code"], r["feature_hash"], r["split_hash"]) for r in found}
         if None in made or len(made) > 1: continue
         scores = {}
         for r in found:
-            scores.setdefault(r["cell"]["changes"]["lr"], []).append(r["strict"]["validation"])
+            score = -math.inf if "diverged" in r else r["strict"]["validation"]
+            scores.setdefault(r["cell"]["changes"]["lr"], []).append(score)
         out[of] = made.pop(), {rate: sum(x)/len(x) for rate, x in scores.items()}
     return out
 
@@ -39,7 +42,9 @@ def best_rates(
     search, finals = (
         complete(f"choices/learning_rate{which}", ledger) for which in ("", "_finals"))
     def first(scores): return sorted(scores, key=lambda rate: (-scores[rate], rate))
-    best = {of: (made, first(scores)[:2]) for of, (made, scores) in search.items()}
+    best = {
+        of: (made, first(scores)[:2]) for of, (made, scores) in search.items()
+        if max(scores.values()) > -math.inf}
     for of, (made, scores) in finals.items():
         if of in best and best[of][0] == made and {*best[of][1]} == {*scores}:
             best[of] = made, first(scores)
