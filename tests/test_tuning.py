@@ -104,11 +104,11 @@ def launched(count, call, tmp_path, before=""):
         str(count), str(script)]
 
 
-def processes(count, call, tmp_path, before="", rc=0):
+def processes(count, call, tmp_path, before="", rc=0, env={}):
     command = launched(count, call, tmp_path, before)
     done = subprocess.run(
         command, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400)
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=400)
     assert done.returncode == rc, done.stderr[-3000:]
     return done.stdout
 
@@ -178,7 +178,7 @@ def test_two_processes_tune_and_embed(encoder, table, tmp_path):
 
 def test_two_processes_and_shards_give_what_one_process_gives(encoder, tmp_path):
     """Two batches of one process are a batch of each of two: whole models and LoRA in shards gather
-    into the same checkpoint, to 1e-5."""
+    into the same checkpoint, to 1e-5; in shards by --shard, or by accelerate's FSDP settings."""
     from safetensors.torch import load_file
     plain = shutil.copytree(encoder, tmp_path/"plain")
     config = json.loads((plain/"config.json").read_text())
@@ -186,8 +186,13 @@ def test_two_processes_and_shards_give_what_one_process_gives(encoder, tmp_path)
         config | dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)))
     write_talk(tmp_path)
     saved = {}
-    for name, count, changes, more in (
-        ("one", 1, ["accumulate=2"], []), ("two", 2, [], []), ("shards", 2, [], ["--shard"])
+    # as accelerate launch --config_file sets them
+    fsdp = dict(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_OFFLOAD_PARAMS="false")
+    for name, count, changes, more, env in (
+        ("one", 1, ["accumulate=2"], [], {}), ("two", 2, [], [], {}),
+        ("shards", 2, [], ["--shard"], {}), ("fsdp", 2, [], [], fsdp)
     ):
         sets = [x for s in (
             "adaptation=lora", "frozen_layers=0", "dropout=0", "lora_dropout=0", "width=8",
@@ -195,7 +200,7 @@ def test_two_processes_and_shards_give_what_one_process_gives(encoder, tmp_path)
         call = [
             "tune", "--encoder", str(plain), "--corpus", str(tmp_path/"talk.csv"), "--seeds", "1",
             *sets, "--device", "cpu", "--out", str(tmp_path/name), *more]
-        processes(count, f"main({call!r})", tmp_path)
+        processes(count, f"main({call!r})", tmp_path, env=env)
         run = TunedRun(tmp_path/name)
         saved[name] = run.summary["test"]["weighted_f1"]["mean"], load_file(
             run.encoder_folder()/"encoder.safetensors"), run.log()
@@ -218,10 +223,18 @@ def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch
         tune(
             "text", str(encoder), str(table), shard=True,
             changes=dict(four_bit=True, adaptation="lora"))
+    for setting, value, fix in (
+        ("OFFLOAD_PARAMS", "true", "Set fsdp_offload_params: false"),
+        ("ACTIVATION_CHECKPOINTING", "true", "add --set recompute=true"),
+        ("RESHARD_AFTER_FORWARD", "SHARD_GRAD_OP", "Set fsdp_reshard_after_forward: true"),
+    ):
+        with monkeypatch.context() as m, pytest.raises(DataError, match=fix):
+            m.setenv("ACCELERATE_USE_FSDP", "true"); m.setenv(f"FSDP_{setting}", value)
+            tune("text", str(encoder), str(table))
+    # they ask for shards as --shard does
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(DataError, match="told to use FSDP.*add --shard"):
-        tune("text", str(encoder), str(table))
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
+        tune("text", str(encoder), str(table), changes=dict(cache="float16"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(DataError, match="shares of its own.*Leave out --shard"):
         tune("text", str(encoder), str(table), shard=True)
