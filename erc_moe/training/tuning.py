@@ -139,7 +139,8 @@ TUNING = {
             "": dict(
                 epochs=3, batch_size=4, lr=1e-4, schedule="cosine", warmup=0.1,
                 reading="conversation", context=8, speakers=True, max_tokens=384),
-            "iemocap": dict(epochs=5), "emorynlp": dict(epochs=4), "mosi": dict(epochs=6),
+            "iemocap": dict(epochs=5), "emorynlp": dict(epochs=4, context=2),
+            "mosi": dict(epochs=6),
         },
         "sure": {
             "": dict(
