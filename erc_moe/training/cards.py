@@ -85,15 +85,20 @@ def model_card(
     what, licence, limit = CORPORA.get(s["corpus"], own)
     if stage1:
         kind = "utterances of speech" if s["modality"] == "speech" else "written utterances"
-        made = (f"{s['encoder']}, tuned to embed single {kind} (MiSTER-E, section 3.2), "
-                f"{s['config']['model']['adaptation']}")
+        of = s["config"]["model"]
+        turns = [
+            f"{n} turn{'s'*(n > 1)} {side}"
+            for n, side in ((of.get("context"), "before"), (of.get("context_after"), "after")) if n]
+        what_it_reads = f"{kind}, each with {' and '.join(turns)}" if turns else f"single {kind}"
+        made = (f"{s['encoder']}, tuned to embed {what_it_reads} (MiSTER-E, section 3.2), "
+                f"{of['adaptation']}")
     else:
         sources = (f"{m} ({source})" for m, source in s["features"]["sources"].items())
         made = f"{s['model']} on features of {', '.join(sources)}"
     tags = ["emotion-recognition-in-conversation", s["model"].replace(" ", "-"), s["corpus"]]
     data = ModelCardData(language="en", library_name="erc_moe", tags=tags, metrics=["f1"])
     parts = s["test"]["weighted_f1"]
-    where = "single utterances" if stage1 else "whole conversations"
+    where = "single utterances" if stage1 and not turns else "whole conversations"
     return f"""---
 {data.to_yaml()}
 ---
