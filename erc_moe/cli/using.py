@@ -205,10 +205,16 @@ def trained_on(
     summary: dict,    # of a run
 ) -> str:             # what `load_corpus` takes
     "The corpus of a run: a name, or the path of the user's own table."
+    from erc_moe.code_hashes import in_file
     from erc_moe.corpora.registry import CORPORA, find_corpus, spelled
     corpus = typed(summary, "--corpus") or summary["corpus"]
     if spelled(corpus)[0] in CORPORA or Path(corpus).is_file(): return corpus
     if find_corpus(corpus, files=False): return corpus
+    if in_file(corpus):
+        raise DataError(
+            f"the run was trained on what a file reads, {corpus}, and a file is run only where it "
+            "is named",
+            f"Name it: --corpus {shlex.quote(corpus)}")
     raise DataError(
         f"the table that the run was trained on, {corpus}, is not found from here",
         "Give its path: --corpus TABLE.")
