@@ -23,7 +23,7 @@ from erc_moe.evaluation import accuracy
 from erc_moe.experiments import (
     EXPERIMENTS, FEATURES, Cell, Experiment, Ledger, Row, find_experiments, reproduce)
 from erc_moe.experiments.claims import CLAIMS
-from erc_moe.experiments.declare import made_by
+from erc_moe.experiments.declare import made_by, teachers_of
 from erc_moe.features import Extractor, FeatureStore
 from erc_moe.code_hashes import code_hash
 from erc_moe.experiments.ensembles import BITS
@@ -254,36 +254,39 @@ def test_one_training_under_two_names_is_trained_once(ledger, tmp_path):
         and sum("strict" in line for line in said) == 1)
 
 
-def beside_others(changes):
-    return replace(TABLE, rows=(
-        replace(TABLE.rows[0], name="broken", changes=QUICK | changes), *TABLE.rows[:2]))
+BROKEN = """
+from erc_moe.baselines.context_free import ContextFree
+class Broken(ContextFree):
+    def forward(self, batch): raise ValueError("there is no room")
+"""
 
 
-def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path, monkeypatch):
-    def train(cell, *args):
-        if cell.changes["epochs"] == 3: raise DataError("there is no room", "Make room.")
-        return train_cell(cell, *args)
-    broken = beside_others(dict(epochs=3))
-    monkeypatch.setattr("erc_moe.experiments.run.train_cell", train)
-    said = []
+def test_a_training_that_fails_keeps_no_other_from_its_turn(ledger, tmp_path):
+    (tmp_path/"broken.py").write_text(BROKEN)
+    name, said = f"{tmp_path}/broken.py:Broken", []
+    broken = replace(TABLE, rows=(
+        Row("broken", name, features="frozen", modalities=("text",)), *TABLE.rows[:2]))
     with pytest.raises(
-        DataError, match="2 of 6 trainings failed, the first mister_e sample.*no room"
+        DataError, match="2 of 6 trainings failed, the first .*broken.py:Broken sample.*no room"
     ):
-        reproduce([broken], results=tmp_path, workers=1, device="cpu", tell=said.append)
+        reproduce([broken], results=tmp_path, workers=2, device="cpu", tell=said.append)
+    MODELS.pop(next(m for m in MODELS if m.endswith("broken.py:Broken")))
     assert (
         scores(Ledger(tmp_path)) == scores(ledger)
         and sum(line.startswith("failed, ") for line in said) == 2)
 
 
 def test_a_training_that_diverges_goes_on_record_as_that(ledger, tmp_path):
-    wild, said = beside_others(dict(lr=1000., weight_decay=1000., epochs=9)), []
+    changes, said = QUICK | dict(lr=1000., weight_decay=1000., epochs=9), []
+    wild = replace(
+        TABLE, rows=(replace(TABLE.rows[0], name="wild", changes=changes), *TABLE.rows[:2]))
     reproduce([wild], results=tmp_path, workers=2, device="cpu", tell=said.append)
     assert sum("lr=1000.0" in line and "diverged, the loss is" in line for line in said) == 2
     kept = Ledger(tmp_path)
     assert scores(kept) == scores(ledger) and len([*kept]) == 4    # no table sees the two
     cell = wild.rows[0].cell("sample")
     assert "no longer finite at epoch" in kept.find(cell, diverged=True)["diverged"]
-    assert [r for r in results(wild, kept)] == [("with", "sample"), ("without", "sample")]
+    assert [*results(wild, kept)] == [("with", "sample"), ("without", "sample")]
     reproduce([wild], results=tmp_path, workers=1, device="cpu", tell=said.append)
     assert said[-1] == "6 trainings: 6 on record (2 diverged), 0 to do"
 
@@ -391,6 +394,16 @@ def test_a_student_is_stale_with_its_teachers_and_waits_for_them(students, tmp_p
     assert again.find(of["student"])["strict"] == record["strict"], "the same, whoever trains it"
     with pytest.raises(DataError, match="distillation is 0.5, and there is no teacher"):
         train_cell(of["student"], device="cpu")
+    # one whose teacher diverged is told so, and not to wait for it
+    for teacher in teachers_of(of["student"])[:1]:
+        lost = {k: v for k, v in again.find(teacher).items() if k in ("cell", "key")}
+        again.add(lost | dict(diverged="the loss is no longer finite at epoch 3"))
+    again.path(of["student"]).write_text("".join(
+        line for line in again.path(of["student"]).open() if '"teachers"' not in line))
+    with pytest.raises(DataError, match="its teacher, .* diverged: .*with a lower lr"):
+        reproduce(
+            [alone], results=tmp_path, work=tmp_path/"work", workers=1, device="cpu",
+            tell=said.append)
 
 
 def test_a_student_learns_what_its_teacher_says():

@@ -235,6 +235,7 @@ def test_what_cannot_lie_in_shards_is_told(encoder, table, tmp_path, monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(DataError, match="cache is float16.*--set cache=none"):
         tune("text", str(encoder), str(table), changes=dict(cache="float16"))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(DataError, match="shares of its own.*Leave out --shard"):
         tune("text", str(encoder), str(table), shard=True)

@@ -140,7 +140,8 @@ class Ledger:
 
     def add(self, record: dict):
         """Keep a record: `cell`, `key`, `strict`, `test_selected` and what else there is to
-        tell; or `cell`, `key` and `diverged`, which says what became of it. Several processes may add to one ledger."""
+        tell; or `cell`, `key` and `diverged`, which says what became of it. Several processes
+        may add to one ledger."""
         path = self.path(cell := Cell(**record["cell"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):

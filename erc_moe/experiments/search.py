@@ -22,7 +22,7 @@ from ..training.results import provenance
 from .declare import Cell
 from .ledger import Ledger
 from .papers import RATES
-from .run import keyed, prepared
+from .run import keyed, made_of, prepared
 
 # %% ../../nbs/848_search.ipynb #e74d9c3c
 SPACE = dict(    # low, high (both on a logarithmic scale where "log"), or a list of choices
@@ -78,8 +78,7 @@ def run_trial(
     fitted = fit(model, corpus, training, cell.seed, device=device, progress=False)
     best = fitted.best["validation"]
     return dict(
-        cell=cell.to_dict(), **{k: said[k] for k in ("key", "split_hash", "feature_hash", "code")},
-        epoch=best.epoch, validation=round(best.weighted_f1, 6),
+        **made_of(cell, said), epoch=best.epoch, validation=round(best.weighted_f1, 6),
         curve=[round(e["validation"]["mixture"], 4) for e in fitted.log],
         config=dict(model=asdict(config), training=asdict(training)),
         parameters=sum(p.numel() for p in model.parameters()), seconds=round(fitted.seconds, 1),

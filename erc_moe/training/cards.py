@@ -54,10 +54,13 @@ CORPORA = {  # name -> what it is, its licence, what of it limits a model
         "Synthetic throughout: it shows that everything runs, and says nothing about people",
     ),
 }
-LIMITS = """- What it calls an emotion is what annotators called it. People disagree about emotions, annotators do, and the label is their majority, not what was felt.
-- It learnt from English speech of a few speakers. How it treats other languages, accents, ages, genders and cultures was not measured, and will differ.
+LIMITS = """- What it calls an emotion is what annotators called it. People disagree about
+  emotions, annotators do, and the label is their majority, not what was felt.
+- It learnt from English speech of a few speakers. How it treats other languages, accents, ages,
+  genders and cultures was not measured, and will differ.
 - Its probabilities are those of the corpus' mixture of emotions; elsewhere they are not calibrated.
-- It must not decide about people: not in hiring, policing, insurance, medicine, schools or at work. The EU's AI Act forbids emotion recognition at work and in education."""
+- It must not decide about people: not in hiring, policing, insurance, medicine, schools or at work.
+  The EU's AI Act forbids emotion recognition at work and in education."""
 
 # %% ../../nbs/823_model_cards.ipynb #1ca6cc2e
 def _table(frame):
@@ -98,29 +101,37 @@ def model_card(
     tags = ["emotion-recognition-in-conversation", s["model"].replace(" ", "-"), s["corpus"]]
     data = ModelCardData(language="en", library_name="erc_moe", tags=tags, metrics=["f1"])
     parts = s["test"]["weighted_f1"]
+    classes = (f"{label} {percent(f1)}" for label, f1 in s["test"]["per_class_f1"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
     where = "single utterances" if stage1 and not turns else "whole conversations"
     return f"""---
 {data.to_yaml()}
 ---
 # {s['model']} on {s['corpus']}
 
-{made}. {s['trained']:,} of {s['parameters']:,} parameters were trained. It says of every utterance of a conversation which of these it is: {', '.join(s['labels'])}.
+{made}. {s['trained']:,} of {s['parameters']:,} parameters were trained. It says of every
+utterance of a conversation which of these it is: {', '.join(s['labels'])}.
 
 ## Data
 
-{what}. Splits: {s['corpus_note'] or 'the corpus own'} (hash {s['split_hash'][:16]}). Licence: {licence}.
+{what}. Splits: {s['corpus_note'] or 'the corpus own'} (hash {s['split_hash'][:16]}).
+Licence: {licence}.
 
 ## Scores
 
-{len(s['seeds'])} seed{'s' if len(s['seeds']) > 1 else ''} ({', '.join(map(str, s['seeds']))}), preset {s['preset']}, protocol {s['protocol']}: {s['selection']}. Weighted F1 on test: **{percent(parts)}**.
+{len(s['seeds'])} seed{'s'*(len(s['seeds']) > 1)} ({', '.join(map(str, s['seeds']))}), preset
+{s['preset']}, protocol {s['protocol']}: {s['selection']}. Weighted F1 on test:
+**{percent(parts)}**.
 
 {_table(result_table(s))}
 
-F1 per class on test: {', '.join(f"{label} {percent(f1)}" for label, f1 in s['test']['per_class_f1'].items())}.
+F1 per class on test: {', '.join(classes)}.
 
 ## Use
 
-Research on emotions in {where}: with `erc_moe {'embed' if stage1 else 'predict'}`, or from Python. It was made by `{as_typed(s['command']) or 'Python'}`, code revision {s['code_revision'][:12]}, {', '.join(f'{k} {v}' for k, v in s['versions'].items())}, on {s['device']}.
+Research on emotions in {where}: with `erc_moe {'embed' if stage1 else 'predict'}`, or from
+Python. It was made by `{as_typed(s['command']) or 'Python'}`, code revision
+{s['code_revision'][:12]}, {versions}, on {s['device']}.
 
 ## Limits
 

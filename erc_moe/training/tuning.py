@@ -228,9 +228,7 @@ def asked_for_shards(
                 f"accelerate's fsdp_reshard_after_forward is {kept}, and layers are always shared "
                 "out again",
                 "Set fsdp_reshard_after_forward: true.")
-        # the shares are made here: accelerate would wrap the model once more
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
-        shard = True
+        shard = True    # they are made here
     if not told("ACCELERATE_USE_DEEPSPEED"): return "fsdp" if shard else ""
     if shard:
         raise DataError(
