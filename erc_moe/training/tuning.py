@@ -296,7 +296,8 @@ def tune(
     placing = {}
     if shares:
         from erc_moe.training.shards import Shards, Zero, check_shards
-        check_shards(config, zero := shares == "deepspeed")
+        zero = shares == "deepspeed"
+        check_shards(config, zero)
         placing = dict(placing=Zero if zero else Shards)
     folder, dealt = (
         Path(out) if out else temporary_folder(),
