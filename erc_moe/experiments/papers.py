@@ -270,12 +270,13 @@ declare(Experiment(
     "choices/features",
     "Which features of stage 1?",
     "our own",
-    ("iemocap", "meld"),
+    ("iemocap", "meld", "mosi", "emorynlp"),
     choice=True,
     rows=tuple(
         Row(f"{name}, {features}", model, features, detail=model == "mister_e")
         for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure"))
-        for features in ("frozen", "tuned", "crossfit"))))
+        for features in (
+            "frozen", "tuned", "crossfit", "mpnet", "mpnet-tuned", "mpnet-crossfit"))))
 declare(Experiment(
     "choices/learning_rate",
     "Which learning rate for each system?",
@@ -298,6 +299,8 @@ declare(Experiment(
 # %% ../../nbs/833_declared.ipynb #d4453a4a
 def _frozen(*rows):
     return tuple(replace(row, features="frozen") for row in rows)
+def _few(*models):
+    return tuple(row for row in BASELINES if row.model in models)
 declare(Experiment(
     "choices/sessions",
     "Does the order of systems hold on other sessions?",
@@ -305,6 +308,13 @@ declare(Experiment(
     (*(f"iemocap@session-{k}" for k in range(1, 5)), "iemocap"),
     reference="MiSTER-E",
     rows=_frozen(*_ALL)))
+declare(Experiment(
+    "choices/sessions_mpnet",
+    "What is a larger frozen encoder worth on every session?",
+    "our own",
+    find_experiment("choices/sessions").corpora,
+    reference="MiSTER-E",
+    rows=tuple(replace(row, features="mpnet") for row in (*_few("sdt"), *_MODELS))))
 
 # %% ../../nbs/833_declared.ipynb #904a8242
 _CHOICES = {
@@ -338,8 +348,6 @@ declare(Experiment(
         Row("SDT-style", "sdt", detail=True))))
 
 # %% ../../nbs/833_declared.ipynb #74604a3d
-def _few(*models):
-    return tuple(row for row in BASELINES if row.model in models)
 declare(Experiment(
     "protocols/table2",
     "What does the protocol make of a score?",
