@@ -45,10 +45,10 @@ declare(Experiment(
     seeds=3,
     choice=True,
     rows=(
-        Row("labels alone", detail=True),
+        Row("labels alone", features="frozen", detail=True),
         *(Row(
             f"share {s['distillation']:g}, temperature {s['distillation_temperature']:g}",
-            teachers=5, changes=s) for s in _SETTINGS))))
+            features="frozen", teachers=5, changes=s) for s in _SETTINGS))))
 
 # %% ../../nbs/839_ensembles.ipynb #c107219f
 # until choices/distillation is on record; then its best on validation
@@ -64,5 +64,6 @@ declare(Experiment(
         for name, model in (
             ("MiSTER-E", "mister_e"), ("SURE, text + audio", "sure"), ("SDT-style", "sdt"))
         for row in (
-            Row(name, model, detail=True), Row(f"{name}, five averaged", model, ensemble=True),
-            Row(f"{name}, student of five", model, teachers=5, changes=STUDENT)))))
+            Row(name, model, "frozen", detail=True),
+            Row(f"{name}, five averaged", model, "frozen", ensemble=True),
+            Row(f"{name}, student of five", model, "frozen", teachers=5, changes=STUDENT)))))
