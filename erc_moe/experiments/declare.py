@@ -25,29 +25,27 @@ def _set(text, corpora, speech=_SPEECH):
         for c in corpora}
 
 # %% ../../nbs/830_experiments.ipynb #0c29a048
+_FOUR = ("iemocap", "meld", "mosi", "emorynlp")
 _OWN = {
-    m: {c: f"features/{c}-{m}" for c in ("iemocap", "meld", "mosi", "emorynlp")}
+    m: {c: f"features/{c}-{m}" for c in _FOUR}
     for m in ("salmonn", "wav2vec", "opensmile", "salmonn-13b", "qwen2-audio")}
-_SHORT = ("meld", "mosi", "emorynlp")    # IEMOCAP has MiniLM's frozen embeddings beside
+def _sessions(of):
+    return of | {f"iemocap@session-{k}": of["iemocap"] for k in range(1, 6)}
+def _mpnet(text):    # on IEMOCAP beside MiniLM's frozen embeddings
+    return _set(text, _FOUR[1:]) | _set(f"{text}+minilm", _FOUR[:1])
 FEATURES: dict[str, dict[str, dict[str, str]]] = {  # name -> corpus -> modality -> source
-    "frozen": _set("minilm", ("iemocap", "meld", "mosi", "emorynlp", "dailydialog", "sample"))
-    | {f"iemocap@session-{k}": _set("minilm", ("iemocap",))["iemocap"] for k in range(1, 6)}
+    "frozen": _sessions(_set("minilm", (*_FOUR, "dailydialog", "sample")))
     | {"iemocap@unlabelled_context=false": _set("minilm", ("iemocap",))["iemocap"]},
     "tuned": _set("features/{corpus}-tuned", ("meld",))
     | _set("features/{corpus}-tuned+minilm", ("iemocap",)),
     "crossfit": _set("features/{corpus}-crossfit", ("meld",))
     | _set("features/{corpus}-crossfit+minilm", ("iemocap",)),
-    "mpnet": _set("mpnet", _SHORT) | _set("mpnet+minilm", ("iemocap",))
-    | {f"iemocap@session-{k}": _set("mpnet+minilm", ("iemocap",))["iemocap"] for k in range(1, 6)},
-    "mpnet-tuned": _set("features/{corpus}-mpnet", _SHORT)
-    | _set("features/{corpus}-mpnet+minilm", ("iemocap",)),
-    "mpnet-crossfit": _set("features/{corpus}-mpnet-crossfit", _SHORT)
-    | _set("features/{corpus}-mpnet-crossfit+minilm", ("iemocap",)),
+    "mpnet": _sessions(_mpnet("mpnet")),
+    "mpnet-tuned": _mpnet("features/{corpus}-mpnet"),
+    "mpnet-crossfit": _mpnet("features/{corpus}-mpnet-crossfit"),
     "prosody": _set("minilm", ("iemocap", "meld"), dict(iemocap="prosody8", meld="prosody8")),
     "gemaps": _set("minilm", ("iemocap",), dict(iemocap="gemaps47")),
-    "llama+salmonn": _set(
-        "features/{corpus}-llama", ("iemocap", "meld", "mosi", "emorynlp"), _OWN["salmonn"]
-    ),
+    "llama+salmonn": _set("features/{corpus}-llama", _FOUR, _OWN["salmonn"]),
     "roberta+opensmile": _set("features/{corpus}-roberta", ("iemocap", "meld"), _OWN["opensmile"]),
     "roberta+wav2vec": _set("features/{corpus}-roberta", ("iemocap", "meld"), _OWN["wav2vec"]),
     "qwen+qwen2-audio": _set("features/{corpus}-qwen2.5", ("iemocap", "meld"), _OWN["qwen2-audio"]),
