@@ -179,8 +179,8 @@ def learning_rates(
 # %% ../nbs/814_models.ipynb #742df8bd
 _cpu = {
     "": dict(epochs=30, batch_size=8, lr=1e-3, schedule="cosine", warmup=0.05, ema=0.95),
-    "meld": dict(epochs=20, batch_size=32), "emorynlp": dict(epochs=20, batch_size=32),
-    "mosi": dict(epochs=16)}
+    "iemocap": dict(epochs=15), "meld": dict(epochs=10, batch_size=32),
+    "emorynlp": dict(epochs=10, batch_size=32), "mosi": dict(epochs=16)}
 
 # %% ../nbs/814_models.ipynb #cc6fd576
 def _searched(model, like=_cpu):

@@ -69,7 +69,7 @@ class Layout:
 
     def flat(self, x: Tensor) -> Tensor:
         "(B, N, ...) -> (M, ...): the real utterances, conversation by conversation."
-        return x.flatten(0, 1)[self.index]
+        return x.flatten(0, 1).index_select(0, self.index)
 
     def padded(self, x: Tensor) -> Tensor:
         "(M, ...) -> (B, N, ...): 0 at padding."
@@ -97,7 +97,8 @@ class Layout:
         inside = (self.position[:, None] + offset >= 0) & (
             self.position[:, None] + offset < self.length[:, None])
         rows = torch.arange(len(x), device=x.device)[:, None] + offset  # (M, K)
-        return F.pad(x, (0, 0, 0, 1))[rows.masked_fill(~inside, len(x))]  # row M is zero
+        # row M is zero; a lookup moves whole rows, `[rows]` number by number
+        return F.embedding(rows.masked_fill(~inside, len(x)), F.pad(x, (0, 0, 0, 1)))
 
 # %% ../nbs/812_ragged_batches.ipynb #838cdf96
 def dropout(

@@ -286,6 +286,17 @@ declare(Experiment(
     choice=True,
     rows=tuple(_rated(row, rate) for row in _ALL for rate in RATES)))
 declare(Experiment(
+    "choices/epochs",
+    "How long must a small model train?",
+    "our own",
+    ("iemocap", "meld"),
+    seeds=3,
+    choice=True,
+    rows=tuple(
+        Row(f"{name}, {n} epochs", model, "frozen", changes=dict(epochs=n))
+        for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure"))
+        for n in (10, 15, 20, 30))))
+declare(Experiment(
     "choices/learning_rate_finals",
     "Which of the best two rates, with five seeds?",
     "our own",
