@@ -294,7 +294,7 @@ declare(Experiment(
     choice=True,
     rows=tuple(
         Row(f"{name}, {n} epochs", model, "frozen", changes=dict(epochs=n))
-        for name, model in (("MiSTER-E", "mister_e"), ("SURE", "sure"))
+        for name, model in (("MiSTER-E", "mister_e"), ("SDT-style", "sdt"))
         for n in (10, 15, 20, 30))))
 declare(Experiment(
     "choices/learning_rate_finals",
