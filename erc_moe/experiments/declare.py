@@ -62,8 +62,9 @@ BEST = dict(iemocap="mpnet", meld="mpnet-tuned", mosi="mpnet-tuned", emorynlp="m
 # what no label of train has gone into: a part of train can be held out
 FEATURES["unseen"] = FEATURES["crossfit"] | {"mosi": FEATURES["frozen"]["mosi"]}
 FEATURES["stage1"] = {
-    c: FEATURES["crossfit" if c == "iemocap" else "tuned"][c] for c in ("iemocap", "meld")
-} | {c: FEATURES["frozen"][c] for c in ("mosi", "emorynlp", "sample")}
+    c: FEATURES[kind][c] for c, kind in dict(
+        iemocap="crossfit", meld="tuned", mosi="mpnet-tuned", emorynlp="mpnet-tuned",
+        sample="frozen").items()}
 # nothing of what comes later: no measure is standardised within its conversation
 FEATURES["past"] = {
     c: s | {"speech": "+".join(f"{name}@corpus" for name in s["speech"].split("+"))}
