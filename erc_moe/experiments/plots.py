@@ -101,7 +101,8 @@ def plot_rows(
                 ax.plot(
                     [100 * s for s in strict["per_seed"]], [y] * len(r.records), "|", ms=9,
                     color=OURS, alpha=0.8, label="seeds")
-                ax.plot(100*r.score("test_selected")["mean"], y, **_SELECTED)
+                if r.has("test_selected"):    # an ensemble has a strict prediction alone
+                    ax.plot(100*r.score("test_selected")["mean"], y, **_SELECTED)
                 ax.plot(100*strict["mean"], y, **_STRICT)
                 if name == e.reference: ax.axvline(100*strict["mean"], color=OURS, lw=.8, ls=":")
             if corpus in e.row(name).paper: ax.plot(e.row(name).paper[corpus], y, **_PAPER)
