@@ -88,6 +88,7 @@ rates: setup     ## the search for every system's learning rate, its finals, and
 	$(BIN)/erc_moe reproduce choices/learning_rate
 	$(BIN)/python tools/learning_rates.py
 	$(BIN)/erc_moe reproduce choices/learning_rate_finals
+	$(BIN)/erc_moe reproduce choices/learning_rate_finals_meld
 	$(BIN)/python tools/learning_rates.py
 
 notebooks: setup ## export the notebooks to the package, run them all, save their outputs, renew README.md

@@ -10,7 +10,7 @@ from erc_moe.experiments.rates import best_rates, rate_table
 from erc_moe.models import MODELS, find_model, learning_rates
 
 ROOT = Path(__file__).resolve().parent.parent
-SEARCH, FINALS = (EXPERIMENTS[f"choices/learning_rate{x}"] for x in ("", "_finals"))
+SEARCH = EXPERIMENTS["choices/learning_rate"]
 
 
 def searched(folder, model, corpus, score, experiment=SEARCH, skip=(), **more):
@@ -86,18 +86,20 @@ def test_a_rate_that_diverges_was_searched_and_never_wins(tmp_path, lost):
     assert ("hcam", "mosi") not in best_rates(of)    # nothing learns: there is no best rate
 
 
-def test_finals_decide_between_the_two_that_the_search_found(tmp_path):
-    first, second = (learning_rates(x)["bc_lstm"]["iemocap"] for x in ("rate", "second"))
+@pytest.mark.parametrize("corpus, name", [("iemocap", ""), ("meld", "_meld")])
+def test_finals_decide_between_the_two_that_the_search_found(tmp_path, corpus, name):
+    final = EXPERIMENTS[f"choices/learning_rate_finals{name}"]
+    first, second = (learning_rates(x)["bc_lstm"][corpus] for x in ("rate", "second"))
     search = lambda rate, seed: {first: .8, second: .7}.get(rate, .1)
     finals = lambda rate, seed: search(rate, seed) if seed == 0 else {first: .6, second: .7}[rate]
-    of = "bc_lstm", "iemocap"
+    of = "bc_lstm", corpus
     ledger = searched(tmp_path, *of, search)
     assert best_rates(ledger) == {of: (first, second)}
-    ledger = searched(tmp_path, *of, finals, FINALS)
+    ledger = searched(tmp_path, *of, finals, final)
     assert best_rates(ledger) == {of: (second, first)}
     # one seed in five that diverges is enough to lose
     lost = lambda rate, seed: None if (rate, seed) == (second, 3) else finals(rate, seed)
-    ledger = searched(tmp_path, *of, lost, FINALS)
+    ledger = searched(tmp_path, *of, lost, final)
     assert best_rates(ledger) == {of: (first, second)}
     # of two others than the search's best: the search decides
     other = next(rate for rate in RATES if rate not in (first, second))

@@ -296,16 +296,17 @@ declare(Experiment(
         Row(f"{name}, {n} epochs", model, "frozen", changes=dict(epochs=n))
         for name, model in (("MiSTER-E", "mister_e"), ("SDT-style", "sdt"))
         for n in (10, 15, 20, 30))))
-declare(Experiment(
-    "choices/learning_rate_finals",
-    "Which of the best two rates, with five seeds?",
-    "our own",
-    ("iemocap",),
-    choice=True,
-    rows=tuple(
-        _rated(row, of[row.model]["iemocap"])
-        for row in _ALL if "iemocap" in learning_rates("second")[row.model]
-        for of in map(learning_rates, ("rate", "second")))))
+for _corpus, _name in dict(iemocap="", meld="_meld").items():    # of each its own two rates
+    declare(Experiment(
+        f"choices/learning_rate_finals{_name}",
+        "Which of the best two rates, with five seeds?",
+        "our own",
+        (_corpus,),
+        choice=True,
+        rows=tuple(
+            _rated(row, of[row.model][_corpus])
+            for row in _ALL if _corpus in learning_rates("second")[row.model]
+            for of in map(learning_rates, ("rate", "second")))))
 
 # %% ../../nbs/833_declared.ipynb #d4453a4a
 def _frozen(*rows):

@@ -39,13 +39,14 @@ def best_rates(
 ) -> dict[tuple[str, str], tuple[float, float]]:    # (model, corpus) -> the best and the next
     "The rates by the rule, of the searches that are complete."
     ledger = ledger or committed()
-    search, finals = (
-        complete(f"choices/learning_rate{which}", ledger) for which in ("", "_finals"))
+    search, iemocap, meld = (
+        complete(f"choices/learning_rate{which}", ledger)
+        for which in ("", "_finals", "_finals_meld"))
     def first(scores): return sorted(scores, key=lambda rate: (-scores[rate], rate))
     best = {
         of: (made, first(scores)[:2]) for of, (made, scores) in search.items()
         if max(scores.values()) > -math.inf}
-    for of, (made, scores) in finals.items():
+    for of, (made, scores) in (iemocap | meld).items():
         if of in best and best[of][0] == made and {*best[of][1]} == {*scores}:
             best[of] = made, first(scores)
     return {of: tuple(pair) for of, (_, pair) in best.items()}
