@@ -62,9 +62,8 @@ BEST = dict(iemocap="mpnet", meld="mpnet-tuned", mosi="mpnet-tuned", emorynlp="m
 # what no label of train has gone into: a part of train can be held out
 FEATURES["unseen"] = FEATURES["crossfit"] | {"mosi": FEATURES["frozen"]["mosi"]}
 FEATURES["stage1"] = {
-    c: FEATURES[kind][c] for c, kind in dict(
-        iemocap="crossfit", meld="tuned", mosi="mpnet-tuned", emorynlp="mpnet-tuned",
-        sample="frozen").items()}
+    c: FEATURES[kind][c]
+    for c, kind in (BEST | dict(iemocap="crossfit", meld="tuned", sample="frozen")).items()}
 # nothing of what comes later: no measure is standardised within its conversation
 FEATURES["past"] = {
     c: s | {"speech": "+".join(f"{name}@corpus" for name in s["speech"].split("+"))}
